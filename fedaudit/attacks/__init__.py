@@ -1,0 +1,1 @@
+"""Attacks on intercepted updates, and the scores that judge them."""

@@ -1,0 +1,373 @@
+"""The one schema of a run: TOML presets, command-line overrides and Flower run-config are all read into it.
+
+Keys are kebab-case in TOML and dotted in Flower's run configuration (``data.name``); a preset in
+``configs/`` is therefore at the same time a file for ``flwr run . --run-config``.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedaudit.errors import ConfigError
+from fedaudit.registry import ATTACKS, DATASETS, DEFENSES, MEASURES, MODELS, PARTITIONERS, Registry
+from fedaudit.spec import Spec, parse_spec, parse_specs
+
+Scalar = str | int | float | bool
+Observer = Literal["server", "client", "oracle"]
+
+
+def _one_of(registry: Registry) -> AfterValidator:
+    return AfterValidator(lambda text: _checked_names(registry, text, (parse_spec,)))
+
+
+def _some_of(registry: Registry) -> AfterValidator:
+    return AfterValidator(lambda text: _checked_names(registry, text, ()))
+
+
+def _checked_names(registry: Registry, text: str, also: tuple[Callable[[str], Spec], ...]) -> str:
+    try:
+        for check in also:
+            check(text)
+        for spec in parse_specs(text):
+            registry.check(spec.name)
+    except ConfigError as error:  # pydantic knows the key, and collects ValueError only
+        raise ValueError(str(error)) from error
+    return text
+
+
+def _int_list(text: str) -> str:
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        if not piece.isdigit():
+            raise ValueError(
+                f"whole numbers separated by commas are allowed, got {piece!r}: write e.g. '0,1'"
+            )
+    return text
+
+
+def _one_spec(text: str) -> str:
+    try:
+        parse_spec(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+def _observers(text: str) -> str:
+    allowed = get_args(Observer)
+    for name in filter(None, (p.strip() for p in text.split(","))):
+        if name not in allowed:
+            raise ValueError(
+                f"observers are {', '.join(allowed)}, got {name!r}: list some of these"
+            )
+    return text
+
+
+IntList = Annotated[str, AfterValidator(_int_list)]
+
+
+def ints(text: str) -> tuple[int, ...]:
+    """The whole numbers in a comma-separated list.
+
+    >>> ints("1, 5")
+    (1, 5)
+    """
+    return tuple(int(piece) for piece in text.split(",") if piece.strip())
+
+
+class Section(BaseModel):
+    """A table of the configuration: kebab-case keys, nothing unknown, checked, frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=False,
+        validate_default=True,
+        allow_inf_nan=False,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+
+class DataConfig(Section):
+    """What the clients train on."""
+
+    name: Annotated[str, _one_of(DATASETS)] = "digits"
+    root: str = Field("data", description="folder (or .npz file) of datasets that are not embedded")
+    download: bool = Field(False, description="let torchvision download a missing dataset")
+    partitioner: Annotated[str, _one_of(PARTITIONERS)] = "iid"
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share held by the server for testing"
+    )
+    reference_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share the auditing server owns as public data"
+    )
+    max_examples: int = Field(0, ge=0, description="use only this many examples; 0 is all")
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    name: Annotated[str, _one_of(MODELS)] = "mlp"
+
+
+class FederationConfig(Section):
+    """Who takes part, how often, and where it runs."""
+
+    clients: int = Field(10, ge=2)
+    rounds: int = Field(10, ge=1)
+    fraction_train: float = Field(1.0, gt=0, le=1, description="share of clients sampled per round")
+    evaluate_every: int = Field(
+        1, ge=1, description="server-side evaluation every this many rounds, and at the end"
+    )
+    engine: Literal["in-process", "ray", "deployment"] = "in-process"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    workers: int = Field(1, ge=1, description="threads (in-process) or actors (ray)")
+    gpu_share: float = Field(0.0, ge=0, le=1, description="share of a GPU per ray actor")
+    round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for replies")
+    reject_bad_updates: bool = Field(
+        True, description="hand an invalid update on as a failed client"
+    )
+
+
+class StrategyConfig(Section):
+    """The Flower strategy that aggregates."""
+
+    name: Annotated[str, AfterValidator(_one_spec)] = "FedAvg"
+
+
+class TrainConfig(Section):
+    """Local training."""
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    lr_decay: float = Field(1.0, gt=0, le=1, description="factor on lr after every round")
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(16, ge=1)
+    local_epochs: int = Field(1, ge=1)
+    local_steps: int = Field(
+        0, ge=0, description="steps per round instead of epochs; 0 means epochs"
+    )
+
+
+class DefenseConfig(Section):
+    """What protects the updates."""
+
+    name: Annotated[str, _one_of(DEFENSES)] = "none"
+
+
+class AuditConfig(Section):
+    """What is measured, by whom, how often."""
+
+    measures: Annotated[str, _some_of(MEASURES)] = (
+        "cohort-gradient-uniqueness, update-norm, update-cosine"
+    )
+    observers: Annotated[str, AfterValidator(_observers)] = "server"
+    every: int = Field(
+        1, ge=1, description="audit every this many rounds, the first and the last always"
+    )
+    strict: bool = Field(False, description="stop on a skipped or failed measure")
+    save_updates: bool = Field(False, description="keep every client's raw update as safetensors")
+
+    @property
+    def observer_names(self) -> tuple[str, ...]:
+        """The observers that measure."""
+        return tuple(piece.strip() for piece in self.observers.split(",") if piece.strip())
+
+
+class AttackConfig(Section):
+    """Which attacks run on which intercepted updates."""
+
+    names: Annotated[str, _some_of(ATTACKS)] = ""
+    rounds: IntList = Field("1", description="rounds whose updates are attacked")
+    clients: int = Field(1, ge=1, description="how many of the round's clients are attacked")
+    save_images: bool = Field(
+        False, description="keep originals and reconstructions for the report"
+    )
+
+
+class CompareConfig(Section):
+    """What `fedaudit compare` sets side by side."""
+
+    defenses: Annotated[str, _some_of(DEFENSES)] = "none, dp-sgd"
+    seeds: IntList = "0"
+
+
+class OutputConfig(Section):
+    """Where results go."""
+
+    directory: str = "runs"
+
+
+class RunConfig(Section):
+    """Everything that determines a run.
+
+    >>> RunConfig.from_flat({"federation.rounds": 3}).federation.rounds
+    3
+    """
+
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    federation: FederationConfig = FederationConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    train: TrainConfig = TrainConfig()
+    defense: DefenseConfig = DefenseConfig()
+    audit: AuditConfig = AuditConfig()
+    attack: AttackConfig = AttackConfig()
+    compare: CompareConfig = CompareConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if "oracle" in self.audit.observer_names and self.federation.engine == "deployment":
+            raise ValueError(
+                "audit.observers may list 'oracle' in simulation only, got federation.engine='deployment': "
+                "remove one of the two"
+            )
+        if self.train.optimizer == "adam" and self.train.momentum:
+            raise ValueError(
+                f"train.momentum belongs to train.optimizer='sgd', got {self.train.momentum} with 'adam': set it to 0"
+            )
+        return self
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> "RunConfig":
+        """A checked configuration from dotted keys.
+
+        Raises:
+            ConfigError: naming the first bad key, its value and what is allowed.
+        """
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            table, _, leaf = key.rpartition(".")
+            _check_key(key)
+            (nested.setdefault(table, {}) if table else nested)[leaf] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error, flat)) from error
+
+    def flat(self) -> dict[str, Scalar]:
+        """Dotted keys and their values, defaults included."""
+        nested = self.model_dump(by_alias=True)
+        return dict(flatten(nested))
+
+    def with_(self, **changes: Scalar) -> "RunConfig":
+        """A copy with dotted keys changed; ``__`` stands for the dot and ``_`` for the hyphen."""
+        renamed = {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}
+        return RunConfig.from_flat({**self.flat(), **renamed})
+
+    def defense_specs(self) -> tuple[Spec, ...]:
+        """The defenses to compare."""
+        return parse_specs(self.compare.defenses)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, Scalar] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def presets_folder() -> Path:
+    """Where the presets are: beside the package in a checkout, inside it in a wheel."""
+    inside = Path(__file__).parent / "_app" / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def presets() -> dict[str, Path]:
+    """Names and files of the presets that come with fedaudit."""
+    return {path.stem: path for path in sorted(presets_folder().glob("*.toml"))}
+
+
+def load_config(source: str | Path, overrides: Mapping[str, Scalar] | None = None) -> RunConfig:
+    """Read a TOML file, or a preset by name, and apply overrides by dotted key.
+
+    Raises:
+        ConfigError: if the file is missing, is not TOML, or breaks the schema.
+    """
+    path = Path(source)
+    if not path.is_file():
+        known = presets()
+        # a wheel has no configs/ folder beside it: configs/quickstart.toml still names the preset
+        if path.stem not in known or path.suffix not in ("", ".toml"):
+            raise ConfigError(
+                f"a configuration is a TOML file or a preset's name, got {str(source)!r}: "
+                f"the presets are {', '.join(known)}"
+            )
+        path = known[path.stem]
+    try:
+        nested = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return RunConfig.from_flat({**flatten(nested), **(overrides or {})})
+
+
+def parse_override(text: str) -> tuple[str, Scalar]:
+    """Key and value of one ``key=value``; the value is TOML, or plain text if it is not.
+
+    >>> parse_override("federation.rounds=3")
+    ('federation.rounds', 3)
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"an override is written key=value, got {text!r}: write e.g. federation.rounds=3"
+        )
+    try:
+        parsed = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    if not isinstance(parsed, (str, int, float, bool)):
+        raise ConfigError(
+            f"the value of {key} must be a scalar, got {value!r}: write lists as 'a,b'"
+        )
+    return key.strip(), parsed
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every dotted key of the schema."""
+    return tuple(RunConfig().flat())
+
+
+def _check_key(key: str) -> None:
+    keys = known_keys_cached()
+    if key in keys:
+        return
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"the keys are {', '.join(keys)}"
+    raise ConfigError(f"there is no configuration key {key!r}: {hint}")
+
+
+_KEYS: list[str] = []
+
+
+def known_keys_cached() -> tuple[str, ...]:
+    """`known_keys`, computed once."""
+    if not _KEYS:
+        _KEYS.extend(known_keys())
+    return tuple(_KEYS)
+
+
+def _sentence(error: ValidationError, flat: Mapping[str, Any]) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(piece) for piece in first["loc"])
+    message = first["msg"]
+    rule = message.removeprefix("Value error, ")
+    if not key:
+        return rule
+    if key not in known_keys_cached():  # a whole section's rule: the sentence names its keys itself
+        return f"[{key}]: {rule}"
+    value = flat.get(key, first.get("input"))
+    if rule == message:
+        rule = f"it must be {message.removeprefix('Input should be ')}"
+    return f"{key} = {value!r} is not allowed: {rule}"

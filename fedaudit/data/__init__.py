@@ -1,0 +1,1 @@
+"""Datasets and how they are split among clients."""

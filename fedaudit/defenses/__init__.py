@@ -1,0 +1,1 @@
+"""Defenses: what a client does to an update before it leaves."""

@@ -1,0 +1,1 @@
+"""Flower messages, the auditing strategy and client mods."""

@@ -1,0 +1,1 @@
+"""Leakage measures: pure functions first, then an adapter each."""

@@ -1,0 +1,180 @@
+"""The single list of parts: what `fedaudit list`, error messages, docs and contract tests read.
+
+A part is registered by the import path of its factory, so that listing and checking names costs no
+import of torch or flwr; the module is imported when the part is built.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from fedaudit.errors import ConfigError
+from fedaudit.spec import Spec, build
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered part: what it is in one line, and its factory or the import path of it."""
+
+    summary: str
+    target: str | Callable[..., Any]
+
+    def load(self) -> Callable[..., Any]:
+        """The factory itself."""
+        if callable(self.target):
+            return self.target
+        module, _, name = self.target.partition(":")
+        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+class Registry:
+    """Names of one kind of part, in order of registration.
+
+    >>> colours = Registry("colour")
+    >>> colours.register("red", "warm", lambda: "#f00")
+    >>> colours.build(Spec("red"))
+    '#f00'
+    """
+
+    def __init__(self, kind: str, entries: dict[str, tuple[str, str]] | None = None) -> None:
+        self.kind = kind
+        self._entries = {name: Entry(*entry) for name, entry in (entries or {}).items()}
+
+    def register(self, name: str, summary: str, target: str | Callable[..., Any]) -> None:
+        """Add a part of one's own.
+
+        Raises:
+            ConfigError: if the name is taken.
+        """
+        if name in self._entries:
+            raise ConfigError(f"a {self.kind} named {name!r} exists already: choose another name")
+        self._entries[name] = Entry(summary, target)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Entry:
+        self.check(name)
+        return self._entries[name]
+
+    def check(self, name: str) -> None:
+        """Raise a ConfigError that lists what is allowed unless `name` is registered."""
+        if name not in self._entries:
+            allowed = ", ".join(self._entries)
+            raise ConfigError(f"no {self.kind} is named {name!r}: choose one of {allowed}")
+
+    def build(self, spec: Spec, /, **given: Any) -> Any:
+        """The part that `spec` names, built with its options and with `given`."""
+        return build(spec, self[spec.name].load(), **given)
+
+
+DATASETS = Registry(
+    "dataset",
+    {
+        "digits": (
+            "handwritten digits, 1797 grey 8x8 images, 10 classes, no download",
+            "fedaudit.data.embedded:digits",
+        ),
+        "patches": (
+            "32x32 RGB patches of two photographs, 2 classes, no download",
+            "fedaudit.data.embedded:patches",
+        ),
+        "mnist": ("MNIST through torchvision", "fedaudit.data.torchvision_sets:mnist"),
+        "fashion-mnist": (
+            "FashionMNIST through torchvision",
+            "fedaudit.data.torchvision_sets:fashion_mnist",
+        ),
+        "cifar10": ("CIFAR-10 through torchvision", "fedaudit.data.torchvision_sets:cifar10"),
+        "cifar100": ("CIFAR-100 through torchvision", "fedaudit.data.torchvision_sets:cifar100"),
+        "celeba": (
+            "CelebA faces, one attribute as label, through torchvision",
+            "fedaudit.data.torchvision_sets:celeba",
+        ),
+        "image-folder": (
+            "one sub-folder of images per class under data.root",
+            "fedaudit.data.files:image_folder",
+        ),
+        "npz": ("arrays x and y in one .npz file at data.root", "fedaudit.data.files:npz"),
+        "hub": (
+            "any dataset of the Hugging Face Hub; needs fedaudit[datasets]",
+            "fedaudit.data.hub:hub",
+        ),
+    },
+)
+PARTITIONERS = Registry(
+    "partitioner",
+    {
+        "iid": ("equal shares drawn at random", "fedaudit.data.partition:iid"),
+        "dirichlet": (
+            "class shares drawn from Dirichlet(alpha)",
+            "fedaudit.data.partition:dirichlet",
+        ),
+        "shards": (
+            "a fixed number of label-sorted shards per client",
+            "fedaudit.data.partition:shards",
+        ),
+        "one-class": (
+            "each client holds examples of one class",
+            "fedaudit.data.partition:one_class",
+        ),
+    },
+)
+MODELS = Registry(
+    "model",
+    {
+        "logistic": ("multinomial logistic regression", "fedaudit.models:logistic"),
+        "mlp": ("fully connected network with one hidden layer or more", "fedaudit.models:mlp"),
+        "lenet": ("the sigmoid LeNet of Deep Leakage from Gradients", "fedaudit.models:lenet"),
+        "cnn": ("small convolutional network with GroupNorm", "fedaudit.models:cnn"),
+        "alexnet": ("AlexNet-like network for 32x32 images", "fedaudit.models:alexnet"),
+        "resnet18": ("torchvision ResNet-18 with GroupNorm", "fedaudit.models:resnet18"),
+    },
+)
+MEASURES = Registry(
+    "measure",
+    {
+        "cohort-gradient-uniqueness": (
+            "how far a client's update stands out of the cohort",
+            "fedaudit.measures.gradient_uniqueness:CohortGradientUniqueness",
+        ),
+        "example-gradient-uniqueness": (
+            "how far each local example's gradient stands out of the client's others",
+            "fedaudit.measures.gradient_uniqueness:ExampleGradientUniqueness",
+        ),
+        "mutual-information": (
+            "nats a protected gradient gives about the batch it came from",
+            "fedaudit.measures.mutual_information:MutualInformation",
+        ),
+        "update-norm": (
+            "Euclidean norm of a client's update",
+            "fedaudit.measures.norms:UpdateNorm",
+        ),
+        "update-cosine": (
+            "cosine of a client's update to the mean of the cohort",
+            "fedaudit.measures.norms:UpdateCosine",
+        ),
+    },
+)
+ATTACKS = Registry(
+    "attack",
+    {
+        "dlg": (
+            "Deep Leakage from Gradients: match the gradient by L-BFGS",
+            "fedaudit.attacks.dlg:DLG",
+        )
+    },
+)
+DEFENSES = Registry(
+    "defense",
+    {
+        "none": ("no defense", "fedaudit.defenses.none:NoDefense"),
+        "dp-sgd": (
+            "Opacus DP-SGD in the client, example-level guarantee",
+            "fedaudit.defenses.dp_sgd:DPSGD",
+        ),
+    },
+)

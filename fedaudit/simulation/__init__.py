@@ -1,0 +1,1 @@
+"""Engines that run a ServerApp and a ClientApp on this machine."""

@@ -1,0 +1,144 @@
+"""One small grammar for choosing a part and its options in a scalar: ``name(key=value, ...)``.
+
+Flower's run configuration holds scalars only, so a list of parts is one string:
+``"none, dp-sgd(epsilon=8, clip-norm=1)"``. The same grammar serves models, partitioners, strategies,
+defenses, measures and attacks. Values are numbers, true/false or plain text.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fedaudit.errors import ConfigError
+
+_PART = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\(([^()]*)\))?\s*(?:,|$)")
+_OPTION = re.compile(r"\s*([A-Za-z][\w-]*)\s*=\s*([^,=]*?)\s*$")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A part's registered name and the options written beside it.
+
+    >>> str(parse_spec("dp-sgd( epsilon=8 , clip-norm=1.0)"))
+    'dp-sgd(epsilon=8, clip-norm=1.0)'
+    """
+
+    name: str
+    options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.options:
+            return self.name
+        inside = ", ".join(f"{key}={_write(value)}" for key, value in self.options.items())
+        return f"{self.name}({inside})"
+
+
+def parse_specs(text: str) -> tuple[Spec, ...]:
+    """The specs in a comma-separated list; an empty text is an empty list.
+
+    Raises:
+        ConfigError: if the text does not follow the grammar.
+
+    >>> [spec.name for spec in parse_specs("none, dp-sgd(epsilon=8)")]
+    ['none', 'dp-sgd']
+    """
+    specs: list[Spec] = []
+    position = 0
+    while position < len(text.rstrip()):
+        match = _PART.match(text, position)
+        if match is None:
+            raise ConfigError(
+                f"a part is written 'name' or 'name(key=value, ...)', got {text!r}: "
+                f"check it from {text[position:].strip()!r} on"
+            )
+        specs.append(Spec(match[1], _parse_options(match[2] or "", text)))
+        position = match.end()
+    return tuple(specs)
+
+
+def parse_spec(text: str) -> Spec:
+    """The single spec in `text`.
+
+    Raises:
+        ConfigError: if there is not exactly one.
+    """
+    specs = parse_specs(text)
+    if len(specs) != 1:
+        raise ConfigError(f"exactly one name is allowed here, got {text!r}: give one")
+    return specs[0]
+
+
+def build(spec: Spec, factory: Callable[..., Any], /, **given: Any) -> Any:
+    """Call `factory` with the spec's options, each checked against the factory's annotation.
+
+    `given` are arguments the caller supplies itself; they are not options.
+
+    Raises:
+        ConfigError: if an option is unknown, has the wrong type, or a required one is missing.
+    """
+    allowed = options_of(factory, exclude=frozenset(given))
+    arguments: dict[str, Any] = dict(given)
+    for key, value in spec.options.items():
+        name = key.replace("-", "_")
+        if name not in allowed:
+            known = ", ".join(sorted(o.replace("_", "-") for o in allowed)) or "none"
+            raise ConfigError(f"{spec.name} has no option {key!r}: its options are {known}")
+        arguments[name] = _checked(spec.name, key, value, allowed[name])
+    try:
+        return factory(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{spec} cannot be used: {error}") from error
+
+
+def options_of(
+    factory: Callable[..., Any], exclude: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Option names of a factory and their annotations."""
+    target = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
+    hints = get_type_hints(target)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: hints.get(name, Any)
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if name not in exclude and parameter.kind not in variadic
+    }
+
+
+def _checked(part: str, key: str, value: Any, annotation: Any) -> Any:
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise ConfigError(f"{part}({key}={value!r}) is not usable: {problem}") from error
+
+
+def _parse_options(text: str, whole: str) -> dict[str, int | float | bool | str]:
+    options: dict[str, int | float | bool | str] = {}
+    for piece in filter(str.strip, text.split(",")):
+        match = _OPTION.match(piece)
+        if match is None:
+            raise ConfigError(
+                f"an option is written key=value, got {piece.strip()!r} in {whole!r}: fix it"
+            )
+        options[match[1]] = _scalar(match[2])
+    return options
+
+
+def _scalar(text: str) -> int | float | bool | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _write(value: int | float | bool | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,255 @@
+"""The values that travel between client, server, measures, attacks and records."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fedaudit.needs import Needs
+
+Observer = Literal["server", "client", "oracle"]
+Kind = Literal["exact", "estimate", "lower", "upper"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """A differential-privacy guarantee; epsilon never travels without the other three.
+
+    Attributes:
+        epsilon: privacy loss bound.
+        delta: failure probability that epsilon is stated at.
+        unit: whose presence is protected.
+        accountant: how epsilon was composed ("rdp", "prv", "pld").
+    """
+
+    epsilon: float
+    delta: float
+    unit: Literal["example", "client"]
+    accountant: str
+
+    def __str__(self) -> str:
+        return f"({self.epsilon:.3g}, {self.delta:.1e})-DP per {self.unit} [{self.accountant}]"
+
+
+@dataclass(frozen=True)
+class StepRelease:
+    """What one local step makes visible: sum_i b_i clip(g_i, clip_norm) + N(0, noise_std^2 I).
+
+    Attributes:
+        clip_norm: largest norm of a per-example gradient; None if gradients are not clipped.
+        noise_std: standard deviation added to every coordinate of the SUM; 0 if none.
+        sample_rate: probability (or fraction) with which an example enters the step.
+    """
+
+    clip_norm: float | None
+    noise_std: float
+    sample_rate: float
+
+
+@dataclass(frozen=True, eq=False)
+class ClientUpdate:
+    """What one client sent in one round. Nobody writes into it.
+
+    Attributes:
+        client_id: the data partition where it is known, else the node's id.
+        node_id: the node's id in the federation.
+        round: server round, from 1.
+        before: the parameters and buffers that were broadcast, by name.
+        delta: returned minus broadcast, by name, for floating-point entries.
+        num_examples: number of local examples the client states.
+        reported: scalars the client reported beside its update.
+    """
+
+    client_id: int
+    round: int
+    before: Mapping[str, Tensor]
+    delta: Mapping[str, Tensor]
+    num_examples: int
+    reported: Mapping[str, float] = field(default_factory=dict)
+    node_id: int = 0
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """The update as one vector (P,), in the order of `delta`."""
+        return torch.cat([d.detach().reshape(-1).to(torch.float32) for d in self.delta.values()])
+
+    def gradient(self, ctx: "RoundContext") -> dict[str, Tensor]:
+        """The mean gradient that plain SGD without momentum must have used: -delta / (lr * steps).
+
+        Exact for one step of plain SGD; for several steps it is their average along the path.
+
+        Raises:
+            ValueError: if the learning rate or the number of steps is unknown or zero.
+        """
+        steps, lr = ctx.steps(self), ctx.lr
+        if not lr or not steps:
+            raise ValueError(
+                f"a gradient needs lr > 0 and steps > 0, got lr={lr}, steps={steps}: state both"
+            )
+        return {name: -d / (lr * steps) for name, d in self.delta.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class LocalEvidence:
+    """A client's own examples; exists on the client, or as an oracle in simulation, and is never sent.
+
+    Attributes:
+        x: local examples (n, *input_shape).
+        y: labels (n,).
+        release: what one local step of this client makes visible.
+    """
+
+    x: Tensor
+    y: Tensor
+    release: StepRelease
+
+
+@dataclass(frozen=True, eq=False)
+class RoundContext:
+    """What the observer knows about a round; `None` means unknown.
+
+    Attributes:
+        round: server round, from 1.
+        build_model: returns a fresh model of the federation's architecture.
+        loss: SUM-reduced loss (outputs, labels) -> scalar.
+        lr: local learning rate of this round.
+        local_steps: optimiser steps per client; 0 or None means by epochs.
+        local_epochs: passes over the local data where local_steps is not set.
+        batch_size: local batch size (the expected one under Poisson sampling).
+        input_shape: shape of one example.
+        num_classes: C.
+        value_range: smallest and largest value of an input.
+        reference: the observer's own examples and labels.
+        release: what one local step of a given client makes visible.
+        evidence: a client's own examples; only for the observers client and oracle.
+        observer: who is looking.
+        seed: seed of everything random the observer does in this round.
+        device: where to compute.
+        num_updates: valid updates in this round.
+    """
+
+    round: int
+    build_model: Callable[[], nn.Module] | None = None
+    loss: Loss | None = None
+    lr: float | None = None
+    local_steps: int | None = None
+    local_epochs: int | None = None
+    batch_size: int | None = None
+    input_shape: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    value_range: tuple[float, float] = (0.0, 1.0)
+    reference: tuple[Tensor, Tensor] | None = None
+    release: Callable[[ClientUpdate], StepRelease] | None = None
+    evidence: Callable[[ClientUpdate], LocalEvidence] | None = None
+    observer: Observer = "server"
+    seed: int = 0
+    device: str = "cpu"
+    num_updates: int = 0
+
+    def steps(self, update: ClientUpdate) -> int | None:
+        """Optimiser steps this client took, as agreed; None if unknown."""
+        if self.local_steps:
+            return self.local_steps
+        if self.local_epochs is None or not self.batch_size:
+            return None
+        return self.local_epochs * math.ceil(update.num_examples / self.batch_size)
+
+    @property
+    def known(self) -> Needs:
+        """The pieces of knowledge this context holds."""
+        trained = (
+            self.lr is not None and (self.local_steps or self.local_epochs) and self.batch_size
+        )
+        pieces = {
+            Needs.COHORT: self.num_updates >= 2,
+            Needs.MODEL: self.build_model is not None and self.loss is not None,
+            Needs.TRAINING: bool(trained),
+            Needs.SHAPE: self.input_shape is not None and self.num_classes is not None,
+            Needs.REFERENCE: self.reference is not None,
+            Needs.RELEASE: self.release is not None,
+            Needs.EVIDENCE: self.evidence is not None,
+        }
+        known = Needs.NOTHING
+        for piece, holds in pieces.items():
+            if holds:
+                known |= piece
+        return known
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number, raw and never clamped, with what kind of number it is.
+
+    Attributes:
+        value: the number.
+        unit: "nats", "1", "dB", ...
+        kind: exact, estimate, or a lower or upper bound.
+        low: lower end of its interval, if there is one.
+        high: upper end of its interval, if there is one.
+        extra: the settings and side results a reader needs: ridge, ceiling, p-value, ...
+    """
+
+    value: float
+    unit: str
+    kind: Kind
+    low: float | None = None
+    high: float | None = None
+    extra: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What an attack recovered.
+
+    Attributes:
+        x: reconstructed inputs (B, *input_shape).
+        y: recovered or assumed labels (B,).
+        objective: the attack's own final objective; the only thing it may select by.
+        steps: optimiser iterations spent, over all restarts.
+        conditions: what the attack assumed: labels, batch size, mode, restarts, ...
+    """
+
+    x: Tensor
+    y: Tensor
+    objective: float
+    steps: int
+    conditions: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """A quantity computed from a round's updates.
+
+    `scope` "client": one estimate per update, in order. `scope` "round": exactly one estimate.
+    `observers` are those who may compute it; the auditor runs it once for each one enabled.
+    """
+
+    name: str
+    unit: str
+    scope: Literal["client", "round"]
+    observers: tuple[Observer, ...]
+
+    def needs(self, observer: Observer) -> Needs:
+        """What this observer must know."""
+        ...
+
+    def __call__(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> Sequence[Estimate]:
+        """The estimates for these updates."""
+        ...
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A reconstruction from one update and what the server knows; it never sees the truth."""
+
+    name: str
+    needs: Needs
+
+    def reconstruct(self, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
+        """The reconstruction with the best own objective."""
+        ...
