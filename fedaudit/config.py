@@ -60,9 +60,7 @@ def _observers(text: str) -> str:
     allowed = get_args(Observer)
     for name in filter(None, (p.strip() for p in text.split(","))):
         if name not in allowed:
-            raise ValueError(
-                f"observers are {', '.join(allowed)}, got {name!r}: list some of these"
-            )
+            raise ValueError(f"observers are {', '.join(allowed)}, got {name!r}: list some of these")
     return text
 
 
@@ -99,9 +97,7 @@ class DataConfig(Section):
     root: str = Field("data", description="folder (or .npz file) of datasets that are not embedded")
     download: bool = Field(False, description="let torchvision download a missing dataset")
     partitioner: Annotated[str, _one_of(PARTITIONERS)] = "iid"
-    test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share held by the server for testing"
-    )
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="share held by the server for testing")
     reference_fraction: float = Field(
         0.1, ge=0, lt=1, description="share the auditing server owns as public data"
     )
@@ -128,9 +124,7 @@ class FederationConfig(Section):
     workers: int = Field(1, ge=1, description="threads (in-process) or actors (ray)")
     gpu_share: float = Field(0.0, ge=0, le=1, description="share of a GPU per ray actor")
     round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for replies")
-    reject_bad_updates: bool = Field(
-        True, description="hand an invalid update on as a failed client"
-    )
+    reject_bad_updates: bool = Field(True, description="hand an invalid update on as a failed client")
 
 
 class StrategyConfig(Section):
@@ -149,9 +143,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(16, ge=1)
     local_epochs: int = Field(1, ge=1)
-    local_steps: int = Field(
-        0, ge=0, description="steps per round instead of epochs; 0 means epochs"
-    )
+    local_steps: int = Field(0, ge=0, description="steps per round instead of epochs; 0 means epochs")
 
 
 class DefenseConfig(Section):
@@ -163,13 +155,9 @@ class DefenseConfig(Section):
 class AuditConfig(Section):
     """What is measured, by whom, how often."""
 
-    measures: Annotated[str, _some_of(MEASURES)] = (
-        "cohort-gradient-uniqueness, update-norm, update-cosine"
-    )
+    measures: Annotated[str, _some_of(MEASURES)] = "cohort-gradient-uniqueness, update-norm, update-cosine"
     observers: Annotated[str, AfterValidator(_observers)] = "server"
-    every: int = Field(
-        1, ge=1, description="audit every this many rounds, the first and the last always"
-    )
+    every: int = Field(1, ge=1, description="audit every this many rounds, the first and the last always")
     strict: bool = Field(False, description="stop on a skipped or failed measure")
     save_updates: bool = Field(False, description="keep every client's raw update as safetensors")
 
@@ -185,9 +173,7 @@ class AttackConfig(Section):
     names: Annotated[str, _some_of(ATTACKS)] = ""
     rounds: IntList = Field("1", description="rounds whose updates are attacked")
     clients: int = Field(1, ge=1, description="how many of the round's clients are attacked")
-    save_images: bool = Field(
-        False, description="keep originals and reconstructions for the report"
-    )
+    save_images: bool = Field(False, description="keep originals and reconstructions for the report")
 
 
 class CompareConfig(Section):
@@ -320,17 +306,13 @@ def parse_override(text: str) -> tuple[str, Scalar]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(
-            f"an override is written key=value, got {text!r}: write e.g. federation.rounds=3"
-        )
+        raise ConfigError(f"an override is written key=value, got {text!r}: write e.g. federation.rounds=3")
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
     if not isinstance(parsed, (str, int, float, bool)):
-        raise ConfigError(
-            f"the value of {key} must be a scalar, got {value!r}: write lists as 'a,b'"
-        )
+        raise ConfigError(f"the value of {key} must be a scalar, got {value!r}: write lists as 'a,b'")
     return key.strip(), parsed
 
 

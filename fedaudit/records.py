@@ -195,9 +195,7 @@ def load_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     if not (folder / "audit").is_dir():
-        raise RecordError(
-            f"a run is a folder that holds 'audit/', got {str(folder)!r}: give a run's folder"
-        )
+        raise RecordError(f"a run is a folder that holds 'audit/', got {str(folder)!r}: give a run's folder")
     info: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     with suppress(FileNotFoundError):

@@ -94,9 +94,7 @@ def build(spec: Spec, factory: Callable[..., Any], /, **given: Any) -> Any:
         raise ConfigError(f"{spec} cannot be used: {error}") from error
 
 
-def options_of(
-    factory: Callable[..., Any], exclude: frozenset[str] = frozenset()
-) -> dict[str, Any]:
+def options_of(factory: Callable[..., Any], exclude: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Option names of a factory and their annotations."""
     target = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
     hints = get_type_hints(target)
@@ -122,9 +120,7 @@ def _parse_options(text: str, whole: str) -> dict[str, int | float | bool | str]
     for piece in filter(str.strip, text.split(",")):
         match = _OPTION.match(piece)
         if match is None:
-            raise ConfigError(
-                f"an option is written key=value, got {piece.strip()!r} in {whole!r}: fix it"
-            )
+            raise ConfigError(f"an option is written key=value, got {piece.strip()!r} in {whole!r}: fix it")
         options[match[1]] = _scalar(match[2])
     return options
 

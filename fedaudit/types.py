@@ -88,9 +88,7 @@ class ClientUpdate:
         """
         steps, lr = ctx.steps(self), ctx.lr
         if not lr or not steps:
-            raise ValueError(
-                f"a gradient needs lr > 0 and steps > 0, got lr={lr}, steps={steps}: state both"
-            )
+            raise ValueError(f"a gradient needs lr > 0 and steps > 0, got lr={lr}, steps={steps}: state both")
         return {name: -d / (lr * steps) for name, d in self.delta.items()}
 
 
@@ -162,9 +160,7 @@ class RoundContext:
     @property
     def known(self) -> Needs:
         """The pieces of knowledge this context holds."""
-        trained = (
-            self.lr is not None and (self.local_steps or self.local_epochs) and self.batch_size
-        )
+        trained = self.lr is not None and (self.local_steps or self.local_epochs) and self.batch_size
         pieces = {
             Needs.COHORT: self.num_updates >= 2,
             Needs.MODEL: self.build_model is not None and self.loss is not None,
