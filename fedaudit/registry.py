@@ -25,7 +25,8 @@ class Entry:
         if callable(self.target):
             return self.target
         module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        factory: Callable[..., Any] = getattr(import_module(module), name)
+        return factory
 
 
 class Registry:
