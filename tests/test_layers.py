@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = """errors types needs spec registry config records progress vision __version__
+LAYERS = """errors types needs spec registry config records progress vision resnet __version__
 measures attacks canaries defenses data models accounting
 auditor report training
 flower simulation
