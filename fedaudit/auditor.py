@@ -82,7 +82,7 @@ class Auditor:
         output: the run's folder; None keeps records in memory only.
         measures: spec list of measures.
         context: what the server knows: a RoundContext, or a function of the round that returns one.
-        observers: who measures: "server" always may; "client" admits what clients report; "oracle" needs `oracle`.
+        observers: who measures; "client" admits what clients report, "oracle" needs `oracle`.
         oracle: looks at the clients' data; simulation only.
         attacks: spec list of attacks.
         attack_rounds: rounds whose updates are attacked.
@@ -190,7 +190,11 @@ class Auditor:
         """Append one quantity of the whole round, such as accuracy."""
         self.add(
             round_number,
-            [AuditRecord(self.run_id, round_number, None, quantity, value, unit, kind, "server", self.defense)],
+            [
+                AuditRecord(
+                    self.run_id, round_number, None, quantity, value, unit, kind, "server", self.defense
+                )
+            ],
         )
 
     def _start(self, round_number: int) -> None:
@@ -225,13 +229,17 @@ class Auditor:
         for number, (measure, observer) in enumerate(jobs, 1):
             ctx = contexts.get(observer)
             if ctx is None:
-                findings: list[Finding] = [Skip("needs an oracle, which exists in simulation only")] * len(updates)
+                findings: list[Finding] = [Skip("needs an oracle, which exists in simulation only")] * len(
+                    updates
+                )
                 seconds = 0.0
             else:
                 findings, seconds = run_measure(measure, observer, updates, ctx)
             targets: Sequence[ClientUpdate | None] = updates if measure.scope == "client" else [None]
             for update, finding in zip(targets, findings, strict=False):
-                rows.add(measure.name, measure.unit, observer, finding, seconds / max(len(targets), 1), update)
+                rows.add(
+                    measure.name, measure.unit, observer, finding, seconds / max(len(targets), 1), update
+                )
             announce("audit", number, len(jobs) + len(self.attacks), updates[0].round, name=measure.name)
 
     def _attack(self, attack: Attack, updates: Sequence[ClientUpdate], rows: "_Rows") -> None:
@@ -248,10 +256,14 @@ class Auditor:
                 found = attack.reconstruct(update, ctx)
             except Exception as error:
                 logger.warning("attack %s failed: %s", attack.name, error)
-                rows.add(f"{attack.name}.objective", "1", "server", error, time.perf_counter() - started, update)
+                rows.add(
+                    f"{attack.name}.objective", "1", "server", error, time.perf_counter() - started, update
+                )
                 continue
             seconds = time.perf_counter() - started
-            objective = Estimate(found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps})
+            objective = Estimate(
+                found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps}
+            )
             rows.add(f"{attack.name}.objective", "1", "server", objective, seconds, update)
             self._score(attack.name, found, update, ctx, rows)
             announce("audit", number, len(updates), update.round, name=attack.name)
@@ -270,12 +282,13 @@ class Auditor:
         except Exception as error:
             rows.add(f"{name}.psnr", "dB", "oracle", error, 0.0, update)
             return
-        units = {"psnr": "dB"}
-        for quantity in ("psnr", "mse", "ssim", "label-accuracy"):
-            if quantity in results:
-                extra = {**found.conditions, "truth-examples": len(truth.y)}
-                estimate = Estimate(float(results[quantity]), units.get(quantity, "1"), "exact", extra=extra)
-                rows.add(f"{name}.{quantity}", estimate.unit, "oracle", estimate, 0.0, update)
+        extra = {**found.conditions, "truth-examples": len(truth.y), "matched": int(results["matched"])}
+        for key, unit in (("psnr", "dB"), ("mse", "1"), ("ssim", "1"), ("label_accuracy", "1")):
+            if key in results:
+                quantity = f"{name}.{key.replace('_', '-')}"
+                rows.add(
+                    quantity, unit, "oracle", Estimate(results[key], unit, "exact", extra=extra), 0.0, update
+                )
         if self.save_images and self.log:
             _save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)
 
@@ -283,7 +296,9 @@ class Auditor:
 class _Rows:
     """Collects the rows of one round; every row of a client carries the client's epsilon."""
 
-    def __init__(self, run_id: str, round_number: int, defense: str, guarantees: dict[int, Guarantee]) -> None:
+    def __init__(
+        self, run_id: str, round_number: int, defense: str, guarantees: dict[int, Guarantee]
+    ) -> None:
         self.run_id, self.round, self.defense, self.guarantees = run_id, round_number, defense, guarantees
         self.records: list[AuditRecord] = []
 
@@ -337,7 +352,9 @@ class _Rows:
 
     def client_finding(self, found: ClientFinding, unit: str) -> None:
         """What a client measured about itself."""
-        self._finding(found.client_id, found.node_id, found.measure, unit, "client", found.finding, found.seconds)
+        self._finding(
+            found.client_id, found.node_id, found.measure, unit, "client", found.finding, found.seconds
+        )
 
     def add(
         self,

@@ -212,6 +212,8 @@ class OutputConfig(Section):
     """Where results go."""
 
     directory: str = "runs"
+    name: str = Field("", description="folder of the run inside directory; empty is <defense>-seed<seed>")
+    resume: bool = Field(False, description="continue the run in that folder from its last complete round")
 
 
 class RunConfig(Section):

@@ -62,6 +62,10 @@ class Registry:
         self.check(name)
         return self._entries[name]
 
+    def summaries(self) -> dict[str, str]:
+        """Each name and what the part is, in one line."""
+        return {name: entry.summary for name, entry in self._entries.items()}
+
     def check(self, name: str) -> None:
         """Raise a ConfigError that lists what is allowed unless `name` is registered."""
         if name not in self._entries:

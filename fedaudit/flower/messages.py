@@ -1,4 +1,4 @@
-"""Flower messages to client updates and back: what is checked before a reply is used, and what travels beside it.
+"""Flower messages to client updates and back: what is checked before use, and what travels beside an update.
 
 A client's audit scalars travel in one ConfigRecord named "fedaudit"; Flower's strategies ignore it, and
 the one ArrayRecord and the one MetricRecord they insist on stay as they are.
@@ -52,10 +52,12 @@ def read_reply(
         got = state[name]
         if got.shape != sent.shape:
             raise BadUpdateError(
-                f"an array keeps its shape, got {tuple(got.shape)} for {name!r} instead of {tuple(sent.shape)}"
+                f"an array keeps its shape, got {tuple(got.shape)} for {name!r}, sent {tuple(sent.shape)}"
             )
         if got.dtype != sent.dtype:
-            raise BadUpdateError(f"an array keeps its dtype, got {got.dtype} for {name!r} instead of {sent.dtype}")
+            raise BadUpdateError(
+                f"an array keeps its dtype, got {got.dtype} for {name!r} instead of {sent.dtype}"
+            )
         if sent.is_floating_point():
             difference = got - sent
             if not _finite(difference):

@@ -120,13 +120,17 @@ class AuditStrategy(Strategy):
                 updates.append(update)
                 handed_on.append(message)
             except Exception as error:  # anything a client can send ends here, never in the federation
-                reason = str(error) if isinstance(error, BadUpdateError) else f"the reply is unreadable: {error!r}"
+                reason = (
+                    str(error) if isinstance(error, BadUpdateError) else f"the reply is unreadable: {error!r}"
+                )
                 rejected.append(Rejection(client, node, reason))
                 replace = self.reject_bad_updates and not message.has_error() and asked is not None
                 handed_on.append(_as_failure(asked, reason) if replace and asked is not None else message)
         for message in sent.values():
             node = int(message.metadata.dst_node_id)
-            rejected.append(Rejection(self.client_ids.get(node, node), node, "no reply within the round's timeout"))
+            rejected.append(
+                Rejection(self.client_ids.get(node, node), node, "no reply within the round's timeout")
+            )
         self.auditor.audit(server_round, updates, rejected, findings, guarantees)
         return self.strategy.aggregate_train(server_round, handed_on)
 
