@@ -68,6 +68,8 @@ OUTSIDE: dict[str, list[tuple[Any, str]] | None] = {
     "compare.defenses": [("", "at least 1 name"), ("none, none", "listed once, got none more than once")],
     "compare.seeds": [("1, 1", "listed once"), ("²", "whole numbers separated by commas")],
     "output.directory": None,
+    "output.name": None,
+    "output.resume": None,
 }
 CASES = [
     pytest.param(key, value, rule, id=f"{key}={value!r}")

@@ -10,7 +10,7 @@ LAYERS = """errors types needs spec registry config records progress vision resn
 measures attacks canaries defenses data models accounting
 auditor report training
 flower simulation
-app cli __main__ __init__
+app cli watch __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other
