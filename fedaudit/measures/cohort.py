@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 2**23  # numbers in one block: 64 MB in float64
+BLOCK = 2**20  # numbers in one block: 8 MB in float64, which several passes over it find in the cache
 
 
 def parameter_blocks(deltas: Sequence[Mapping[str, Tensor]], elements: int = BLOCK) -> Iterator[Tensor]:
@@ -23,7 +23,7 @@ def parameter_blocks(deltas: Sequence[Mapping[str, Tensor]], elements: int = BLO
     >>> [block.tolist() for block in parameter_blocks([{"w": torch.ones(3)}, {"w": torch.zeros(3)}], 4)]
     [[[1.0, 1.0], [0.0, 0.0]], [[1.0], [0.0]]]
     """
-    shapes = _shapes(deltas)
+    shapes = shared_shapes(deltas)
     N, P = len(deltas), sum(shape.numel() for shape in shapes.values())
     width = max(1, min(P, elements // N))
     device = next(iter(deltas[0].values())).device
@@ -45,8 +45,12 @@ def parameter_blocks(deltas: Sequence[Mapping[str, Tensor]], elements: int = BLO
         yield block[:, :filled]
 
 
-def _shapes(deltas: Sequence[Mapping[str, Tensor]]) -> dict[str, torch.Size]:
-    """Names and shapes of the parameters that all updates share."""
+def shared_shapes(deltas: Sequence[Mapping[str, Tensor]]) -> dict[str, torch.Size]:
+    """Names and shapes of the parameters that all updates share.
+
+    Raises:
+        ValueError: if there is no update, or if names or shapes differ between updates.
+    """
     if not deltas or not deltas[0]:
         raise ValueError(
             f"a cohort holds updates of parameters, got {len(deltas)} updates without: give some"

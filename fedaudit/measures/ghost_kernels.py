@@ -80,7 +80,7 @@ def example_gram(
         if calls[used[0]].weight == name:
             _add_weight(gram, maps, chunk)
         else:  # the gradient of a bias is the sum of the signals
-            _add_outer(gram, torch.stack([m.signals(0, len(x)).sum(2) for m in maps]).sum(0))
+            _add_outer(gram, torch.stack([m.signals(0, len(x)).double().sum(3) for m in maps]).sum(0))
     for gradients in found.direct.values():
         _add_outer(gram, gradients)
     return (gram + gram.T) / 2
@@ -192,7 +192,7 @@ def _ghost_uses(calls: Sequence[Call]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class _LinearMap:
-    """A watched call as G linear maps: features (b, G, T, d_in) times signals (b, G, T, d_out)."""
+    """A watched call as G linear maps at T places: features (b, G, d_in, T), signals (b, G, d_out, T)."""
 
     call: Call
     x: Tensor
@@ -219,22 +219,25 @@ class _LinearMap:
         return math.prod(self.call.shape) // (self.groups * self.d_out)
 
     def signals(self, start: int, stop: int) -> Tensor:
-        d = self.d[start:stop].double()
+        d = self.d[start:stop]
         if self.call.function is not F.conv2d:
-            return d.reshape(len(d), 1, -1, self.d_out)
+            return d.reshape(len(d), 1, -1, self.d_out).mT
         height, width = d.shape[-2:]
-        d = d.reshape(len(d), -1, self.groups, self.d_out, height * width)  # (b, frames, G, d_out, places)
-        return d.permute(0, 2, 1, 4, 3).reshape(len(d), self.groups, -1, self.d_out)
+        return _frames_joined(d.reshape(len(d), -1, self.groups, self.d_out, height * width))
 
     def features(self, start: int, stop: int) -> Tensor:
         x = self.x[start:stop]
         if self.is_embedding:
-            return x.reshape(len(x), 1, -1, 1)
+            return x.reshape(len(x), 1, 1, -1)
         if self.call.function is not F.conv2d:
-            return x.double().reshape(len(x), 1, -1, self.d_in)
-        patches = _patches(x.double().flatten(0, -4), self.call.kernel[2:], self.call.options)
-        patches = patches.reshape(len(x), -1, self.groups, self.d_in, patches.shape[-1])
-        return patches.permute(0, 2, 1, 4, 3).reshape(len(x), self.groups, -1, self.d_in)
+            return x.reshape(len(x), 1, -1, self.d_in).mT
+        patches = _patches(x.flatten(0, -4), self.call.kernel[2:], self.call.options)
+        return _frames_joined(patches.reshape(len(x), -1, self.groups, self.d_in, patches.shape[-1]))
+
+
+def _frames_joined(t: Tensor) -> Tensor:
+    """(b, frames, G, d, pixels) to (b, G, d, T) with T = frames * pixels; no copy for a single frame."""
+    return t.squeeze(1) if t.shape[1] == 1 else t.permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def _patches(x: Tensor, size: Sequence[int], options: Mapping[str, Any]) -> Tensor:
@@ -269,10 +272,10 @@ def _add_ghost(gram: Tensor, maps: Sequence[_LinearMap], places: int, chunk: int
     B, T, groups = len(gram), places, maps[0].groups
     size = max(1, min(B, chunk or B, math.isqrt(BLOCK // (groups * T**2))))
     for start, stop in spans(B, size):
-        features, signals = _features(maps, start, stop), _signals(maps, start, stop)
+        features, signals = _rows(_features(maps, start, stop)), _rows(_signals(maps, start, stop))
         for other, end in spans(stop, size):
-            products = _pairs(features, _features(maps, other, end), maps[0])
-            products *= _rows(signals) @ _rows(_signals(maps, other, end)).mT
+            products = _feature_products(features, _rows(_features(maps, other, end)), maps[0])
+            products *= signals @ _rows(_signals(maps, other, end)).mT
             block = products.reshape(groups, stop - start, T, end - other, T).sum((0, 2, 4))
             gram[start:stop, other:end] += block
             if other < start:
@@ -280,13 +283,16 @@ def _add_ghost(gram: Tensor, maps: Sequence[_LinearMap], places: int, chunk: int
 
 
 def _add_materialised(gram: Tensor, maps: Sequence[_LinearMap], places: int) -> None:
-    """Inner products of this weight's per-example gradients, for blocks of its output rows."""
+    """Inner products of this weight's per-example gradients, for blocks of its output rows.
+
+    The gradients have the model's precision, as from a backward pass; their products are in float64.
+    """
     B, first = len(gram), maps[0]
     rows = max(1, BLOCK // (B * first.groups * first.d_in))
     size = max(1, BLOCK // (first.groups * places * first.d_in))
     for low, high in spans(first.d_out, rows):
         gradients = [
-            (_signals(maps, start, stop)[..., low:high].mT @ _features(maps, start, stop)).flatten(1)
+            (_signals(maps, start, stop)[:, :, low:high] @ _features(maps, start, stop).mT).flatten(1)
             for start, stop in spans(B, size)
         ]
         _add_outer(gram, torch.cat(gradients))
@@ -300,25 +306,30 @@ def _add_outer(gram: Tensor, gradients: Tensor) -> None:
         gram += block @ block.T
 
 
-def _pairs(a: Tensor, b: Tensor, kind: _LinearMap) -> Tensor:
-    """Inner products of all features of two blocks: (G, a * T, b * T)."""
+def _feature_products(a: Tensor, b: Tensor, kind: _LinearMap) -> Tensor:
+    """Inner products of the features of two blocks: (G, aT, d_in) and (G, bT, d_in) to (G, aT, bT)."""
     if not kind.is_embedding:
-        return _rows(a) @ _rows(b).mT
-    same = _rows(a) == _rows(b).mT  # one-hot vectors
+        return a @ b.mT
+    same = a == b.mT  # one-hot vectors
     padding = kind.call.options.get("padding_idx")
     if padding is not None:  # this row's gradient is zero by definition
-        same &= _rows(a) != int(padding) % kind.d_in
+        same &= a != int(padding) % kind.d_in
     return same.double()
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(b, G, T, d) to (G, b * T, d)."""
-    return t.transpose(0, 1).flatten(1, 2)
+    """(b, G, d, T) to (G, b * T, d) in float64."""
+    return t.double().permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def _features(maps: Sequence[_LinearMap], start: int, stop: int) -> Tensor:
-    return torch.cat([m.features(start, stop) for m in maps], dim=2)
+    return _joined([m.features(start, stop) for m in maps])
 
 
 def _signals(maps: Sequence[_LinearMap], start: int, stop: int) -> Tensor:
-    return torch.cat([m.signals(start, stop) for m in maps], dim=2)
+    return _joined([m.signals(start, stop) for m in maps])
+
+
+def _joined(uses: Sequence[Tensor]) -> Tensor:
+    """The places of several uses of one weight, one after the other."""
+    return uses[0] if len(uses) == 1 else torch.cat(list(uses), dim=3)

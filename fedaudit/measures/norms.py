@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedaudit.measures.cohort import parameter_blocks
+from fedaudit.measures.cohort import parameter_blocks, shared_shapes
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Estimate, Observer, RoundContext
 
@@ -27,8 +27,11 @@ def update_norms(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
     >>> update_norms([{"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}]).tolist()
     [5.0]
     """
-    squared = torch.stack([_squares(block) for block in parameter_blocks(deltas)]).sum(0)
-    return _finite(squared).sqrt()
+    names = list(shared_shapes(deltas))
+    parts = [
+        torch.linalg.vector_norm(delta[n].detach(), dtype=torch.float64) for delta in deltas for n in names
+    ]
+    return _finite(torch.stack(parts).reshape(len(deltas), -1).square().sum(1)).sqrt()
 
 
 def update_cosines(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -57,15 +60,10 @@ def _cosines(deltas: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Te
     sums = []
     for block in parameter_blocks(deltas):
         mean = block.mean(dim=0)
-        sums.append((_squares(block), block @ mean, mean @ mean))
+        sums.append((torch.linalg.vector_norm(block, dim=1).square(), block @ mean, mean @ mean))
     squared, dots, mean_squared = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
     scale = (_finite(squared) * mean_squared).sqrt()
     return torch.where(scale > 0, dots / scale, 0.0), squared, mean_squared
-
-
-def _squares(block: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
-    return norms.square()
 
 
 def _finite(squared: Tensor) -> Tensor:
