@@ -198,13 +198,12 @@ class ExampleGradientUniqueness:
     is off: the masks a client draws are not known, and the number must follow from the seed. value is the
     mean GNQ.
 
-    ridge: with noise of standard deviation s on the step's sum, s^2 / (p (1 - p)), p the release's sample
-        rate;
-    without noise ridge_share * trace(K) / B, in which case "bound-nats" presumes residual uncertainty of that
-    size and bounds nothing if the observer has none. With p = 1 sampling leaves no uncertainty about who is
-    in the step; what is left is whether an example is among the client's data at all, taken with the fair
-    prior p = 1/2, the worst of all priors: the smallest ridge and the largest H(p). `extra["prior"]` has the
-    p used.
+    With noise of standard deviation s on the step's sum the ridge is s^2 / (p (1 - p)), p the release's
+    sample rate. Without noise it is ridge_share * trace(K) / B; then "bound-nats" presumes residual
+    uncertainty of that size and bounds nothing if the observer has none. With p = 1 sampling leaves no
+    uncertainty about who is in the step; what is left is whether an example is among the client's data at
+    all, taken with the fair prior p = 1/2, the worst of all priors: the smallest ridge and the largest
+    H(p). `extra["prior"]` has the p used.
 
     kind is "exact" if all local examples were used. Else it is "estimate": the mean is over a random subset,
     whose examples count only each other as others. At a fixed ridge that can only raise an example's GNQ, so
