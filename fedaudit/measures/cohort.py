@@ -1,0 +1,67 @@
+"""A round's updates side by side, in blocks of parameters that fit in memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**20  # numbers in one block: 8 MB in float64, which several passes over it find in the cache
+
+
+def parameter_blocks(deltas: Sequence[Mapping[str, Tensor]], elements: int = BLOCK) -> Iterator[Tensor]:
+    """The N updates as rows, a few columns at a time: float64 blocks (N, c) whose columns together are all P.
+
+    Every yielded block is overwritten by the next. Beside the updates this holds about 1.5 blocks.
+
+    Args:
+        deltas: N updates by parameter name; the names may come in any order.
+        elements: numbers in one block, N c.
+
+    Raises:
+        ValueError: if there is no update, or if names or shapes differ between updates.
+
+    >>> [block.tolist() for block in parameter_blocks([{"w": torch.ones(3)}, {"w": torch.zeros(3)}], 4)]
+    [[[1.0, 1.0], [0.0, 0.0]], [[1.0], [0.0]]]
+    """
+    shapes = shared_shapes(deltas)
+    N, P = len(deltas), sum(shape.numel() for shape in shapes.values())
+    width = max(1, min(P, elements // N))
+    device = next(iter(deltas[0].values())).device
+    block = torch.empty(N, width, dtype=torch.float64, device=device)
+    filled = 0
+    for name in shapes:
+        rows = [delta[name].detach().reshape(-1) for delta in deltas]
+        start, size = 0, len(rows[0])
+        while start < size:
+            taken = min(size - start, width - filled)
+            whole = taken == size
+            piece = torch.stack(rows if whole else [row[start : start + taken] for row in rows])
+            block[:, filled : filled + taken] = piece
+            start, filled = start + taken, filled + taken
+            if filled == width:
+                yield block
+                filled = 0
+    if filled:
+        yield block[:, :filled]
+
+
+def shared_shapes(deltas: Sequence[Mapping[str, Tensor]]) -> dict[str, torch.Size]:
+    """Names and shapes of the parameters that all updates share.
+
+    Raises:
+        ValueError: if there is no update, or if names or shapes differ between updates.
+    """
+    if not deltas or not deltas[0]:
+        raise ValueError(
+            f"a cohort holds updates of parameters, got {len(deltas)} updates without: give some"
+        )
+    shapes = {name: tensor.shape for name, tensor in deltas[0].items()}
+    if not any(shape.numel() for shape in shapes.values()):
+        raise ValueError("a cohort holds updates of parameters, got parameters without elements: give some")
+    for position, delta in enumerate(deltas):
+        if delta.keys() != shapes.keys() or any(delta[name].shape != shape for name, shape in shapes.items()):
+            raise ValueError(
+                "all updates hold the same parameters in the same shapes, got others in update "
+                f"{position} than in update 0: compare updates of one model"
+            )
+    return shapes

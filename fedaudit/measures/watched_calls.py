@@ -1,0 +1,213 @@
+"""Which linear maps a model applies to one example, and the gradients of one example through them.
+
+Layers are recognised by the functions they call, not by their class: every call of `linear`, `conv2d` or
+`embedding` that uses a parameter in question is watched during a forward pass of a single example, under
+`torch.func.vmap` over the examples. So neither the position of the batch dimension, nor reshaping, nor
+repeated use of a layer has to be guessed, and no hook is placed in the model.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+SIGNATURES: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One watched call in the forward pass of one example.
+
+    Attributes:
+        function: `F.linear`, `F.conv2d` or `F.embedding`.
+        weight: name of the parameter used as weight, if watched calls are all that uses it.
+        bias: likewise for the bias.
+        options: the arguments that are not tensors.
+        kernel: shape of the weight.
+        shape: shape of the output for one example.
+        dtype: dtype of the output.
+    """
+
+    function: Any
+    weight: str | None
+    bias: str | None
+    options: Mapping[str, Any]
+    kernel: torch.Size
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Per-example results of one backward pass.
+
+    Attributes:
+        inputs: by number of the call, its inputs (B, ...).
+        signals: by number of the call, the gradients of its output (B, ...).
+        direct: by name, the gradients of the parameters differentiated directly (B, *shape).
+    """
+
+    inputs: dict[int, Tensor]
+    signals: dict[int, Tensor]
+    direct: dict[str, Tensor]
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every call whose weight or bias is one of `names` (by identity); adds `taps` to the outputs."""
+
+    def __init__(self, names: Mapping[int, str], taps: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.names = names
+        self.taps = taps
+        self.calls: list[Call] = []
+        self.inputs: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in SIGNATURES:
+            return func(*args, **kwargs)
+        options = dict(zip(SIGNATURES[func], args, strict=False)) | kwargs
+        _refuse_undefined(options)
+        output = func(*args, **kwargs)
+        weight, bias = (self.names.get(id(options.get(role))) for role in ("weight", "bias"))
+        if (weight is None and bias is None) or not torch.is_grad_enabled():
+            return output
+        index = len(self.calls)
+        plain = {key: value for key, value in options.items() if not isinstance(value, Tensor)}
+        kernel = options["weight"].shape
+        self.calls.append(Call(func, weight, bias, plain, kernel, output.shape, output.dtype))
+        if index not in self.taps:
+            return output
+        self.inputs[index] = options["input"]
+        return output + self.taps[index]
+
+
+def find_calls(
+    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, trainable: Mapping[str, Tensor]
+) -> list[Call]:
+    """The watched calls for the first example, in order.
+
+    A parameter that is also used in any other way (as the autograd graph shows) stays unnamed in its calls.
+
+    Raises:
+        ValueError: if an embedding scales gradients by frequency or renormalises its weight.
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in trainable.items()}
+    watch = _Watch({id(leaf): name for name, leaf in leaves.items()}, {})
+    with torch.enable_grad(), watch:
+        value = loss(functional_call(model, {**leaves, **_buffer_copies(model)}, (x[:1],)), y[:1])
+    edges = _uses_in_graph(value)
+    seen = Counter(name for call in watch.calls for name in (call.weight, call.bias) if name is not None)
+    explained = {name for name, leaf in leaves.items() if seen[name] and seen[name] == edges[id(leaf)]}
+    return [
+        replace(
+            call,
+            weight=call.weight if call.weight in explained else None,
+            bias=call.bias if call.bias in explained else None,
+        )
+        for call in watch.calls
+    ]
+
+
+def per_example(
+    model: nn.Module,
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    trainable: Sequence[str],
+    taps: Mapping[int, Call],
+    direct: Sequence[str],
+    chunk: int | None,
+) -> Gradients:
+    """Per example: inputs and output gradients of the tapped calls, gradients of the parameters in `direct`.
+
+    Raises:
+        ValueError: if an embedding scales gradients by frequency or renormalises its weight.
+    """
+    zeros = {i: torch.zeros(call.shape, dtype=call.dtype, device=x.device) for i, call in taps.items()}
+    fixed = {name: p.detach() for name, p in model.named_parameters()}
+    moving = {name: fixed.pop(name) for name in direct}
+
+    def value(
+        taps: dict[int, Tensor], moving: dict[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        state = {**fixed, **moving, **_buffer_copies(model)}
+        watch = _Watch({id(state[name]): name for name in trainable}, taps)
+        with watch:
+            scalar = loss(functional_call(model, state, (x[None],)), y[None])
+        return scalar, watch.inputs
+
+    differentiate = vmap(
+        grad(value, argnums=(0, 1), has_aux=True), in_dims=(None, None, 0, 0), randomness="different"
+    )
+    pieces = [
+        differentiate(zeros, moving, x[start:stop], y[start:stop]) for start, stop in spans(len(x), chunk)
+    ]
+    return Gradients(
+        inputs={i: torch.cat([inputs[i].detach() for _, inputs in pieces]) for i in taps},
+        signals={i: torch.cat([signals[i] for (signals, _), _ in pieces]) for i in taps},
+        direct={name: torch.cat([direct[name] for (_, direct), _ in pieces]) for name in moving},
+    )
+
+
+def spans(total: int, size: int | None) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of at most `size` that cover range(total).
+
+    >>> list(spans(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    step = total if size is None else size
+    return ((start, min(start + step, total)) for start in range(0, total, step))
+
+
+@contextmanager
+def random_state_kept(x: Tensor) -> Iterator[None]:
+    """Leave the global generators as they were: measuring must not change how training goes on."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        yield
+
+
+def _refuse_undefined(options: Mapping[str, Any]) -> None:
+    if options.get("scale_grad_by_freq"):
+        raise ValueError(
+            "per-example gradients are undefined for an embedding with scale_grad_by_freq=True, which scales "
+            "by counts over the whole batch: set it to False"
+        )
+    if options.get("max_norm") is not None:
+        raise ValueError(
+            "a measured model must not change its weights, got an embedding that rewrites them as it runs, "
+            f"max_norm={options['max_norm']}: set max_norm to None"
+        )
+
+
+def _buffer_copies(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers a forward pass may change: made inside it, as functional transforms ask."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _uses_in_graph(value: Tensor) -> Counter[int]:
+    """How often the graph of `value` uses each leaf, by id; sees also what no function mode can see."""
+    edges: Counter[int] = Counter()
+    waiting: list[Any] = [value.grad_fn]
+    visited: set[Any] = {value.grad_fn}
+    while waiting:
+        for child, _ in getattr(waiting.pop(), "next_functions", ()):
+            if hasattr(child, "variable"):
+                edges[id(child.variable)] += 1
+            elif child is not None and child not in visited:
+                visited.add(child)
+                waiting.append(child)
+    return edges
