@@ -1,6 +1,7 @@
 """Any image dataset of the Hugging Face Hub, through Flower Datasets (extra ``fedaudit[datasets]``)."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ def hub(
 
     Args:
         root: cache folder of the downloaded files.
-        download: if false, only what is in the cache (or a local folder given as `id`) is used.
+        download: must be true unless `id` is a local folder: even for cached data the Hub is asked first.
         id: name on the Hub, ``owner/name``, or the path of a local folder that `datasets` can read.
         image: column of the images.
         label: column of the labels: class numbers or texts.
@@ -61,23 +62,24 @@ def hub(
         DataError: if the extra is not installed, or the dataset or a column is missing or unusable.
     """
     try:
-        import datasets
         from flwr_datasets import FederatedDataset
     except ImportError as error:
         raise DataError(
             f"data.name='hub' needs Flower Datasets, which cannot be imported ({error}): "
             "pip install 'fedaudit[datasets]'"
         ) from error
-    settings = datasets.DownloadConfig(cache_dir=root, local_files_only=not download)
-    source = FederatedDataset(
-        dataset=id, partitioners={}, shuffle=False, cache_dir=root, download_config=settings
-    )
+    if not download and not Path(id).is_dir():
+        raise DataError(
+            f"dataset {id!r} is no local folder, so the Hub must be asked for it, and data.download=false "
+            f"forbids that: set data.download=true (what data.root={root!r} holds is not fetched again)"
+        )
+    source = FederatedDataset(dataset=id, partitioners={}, shuffle=False, cache_dir=root)
     try:
         rows: Rows = source.load_split(split)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"split {split!r} of dataset {id!r} cannot be loaded with data.root={root!r} and "
-            f"data.download={str(download).lower()} ({error}): check its name, or set data.download=true"
+            f"split {split!r} of dataset {id!r} cannot be loaded into data.root={root!r} ({error}): "
+            "check both names and the connection"
         ) from error
     return from_rows(rows, image=image, label=label, size=size, grey=grey)
 
