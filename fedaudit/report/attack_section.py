@@ -1,0 +1,97 @@
+"""The page's part about attacks: conditions, and the grids of originals above reconstructions."""
+
+import logging
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from fedaudit.errors import RecordError
+from fedaudit.records import Run
+from fedaudit.report.display import count, number
+from fedaudit.report.images import Recorded, picture, read_recorded, recorded_files
+from fedaudit.report.markup import bullets, mapping, paragraph, table, text
+from fedaudit.report.quantities import describe
+from fedaudit.report.seeds import defense_of, seed_of
+from fedaudit.report.tables import settings
+
+logger = logging.getLogger(__name__)
+MAX_ATTACKS, MAX_PAIRS = 24, 8
+CONDITIONS_NOTE = (
+    "An attack's success belongs to its conditions: one local step, a small batch and known labels make "
+    "inversion easy; several steps, large batches and noise make it hard. Failure of this attack does not "
+    "show that another one fails. Below each image: PSNR of the recovered image, and of a uniform image that "
+    "has the original's mean, which needs no attack."
+)
+
+
+def attack_section(runs: Sequence[Run]) -> str:
+    """Conditions and grids of all attacks; empty if no attack was run."""
+    conditions = attack_conditions(runs)
+    grids, notes = _grids(runs)
+    if not len(conditions) and not grids and not notes:
+        return ""
+    parts = [paragraph(CONDITIONS_NOTE, "quiet")]
+    if len(conditions):
+        parts += ["<h3>Conditions</h3>", table(conditions, right=["Attacked updates"], long=["Conditions"])]
+    if grids:
+        parts.append("<h3>Reconstructions (top: original, below: recovered)</h3>")
+        parts.append('<div class="attacks">' + "\n".join(grids) + "</div>")
+    elif len(conditions):
+        parts.append(paragraph("No images were kept; attack.save-images keeps them.", "quiet"))
+    if notes:
+        parts.append(bullets(notes))
+    return "\n".join(parts)
+
+
+def attack_conditions(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per attack and defense: how many updates were attacked and under which conditions."""
+    found = settings(runs)
+    found = found[[describe(name).role == "attack" for name in found["quantity"]]]
+    rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
+    for _, row in found.iterrows():
+        key = (str(row["quantity"]).partition(".")[0], str(row["defense"]))
+        seen, words = rows.get(key, (0, {}))
+        rows[key] = (max(seen, int(row["rows"])), words | row["settings"])
+    table_rows = [(attack, defense, n, mapping(words)) for (attack, defense), (n, words) in rows.items()]
+    return pd.DataFrame(table_rows, columns=["Attack", "Defense", "Attacked updates", "Conditions"])
+
+
+def _grids(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """The cards, one client's under all defenses side by side, and notes on what is not shown."""
+    recorded: list[tuple[tuple[str, int, str, str, int], Run, Recorded]] = []
+    notes = []
+    for place, run in enumerate(runs):
+        for path in recorded_files(run.path):
+            try:
+                images = read_recorded(path)
+            except RecordError as error:
+                logger.warning("%s", error)
+                notes.append(f"{run.name}: {error}")
+                continue
+            recorded.append(((images.attack, images.round, images.client, seed_of(run), place), run, images))
+    recorded.sort(key=lambda item: item[0])
+    if len(recorded) > MAX_ATTACKS:
+        notes.append(f"{MAX_ATTACKS} of {len(recorded)} attacked updates are shown.")
+    return [_card(run, images) for _, run, images in recorded[:MAX_ATTACKS]], notes
+
+
+def _card(run: Run, images: Recorded) -> str:
+    shown = list(zip(images.original, images.reconstruction, images.psnr, images.uniform_psnr, strict=True))
+    pairs = [
+        f'<figure class="pair"><img alt="original" src="{picture(original)}">'
+        f'<img alt="reconstruction" src="{picture(recovered)}">'
+        f"<figcaption>{number(score, 1)} dB<br>uniform: {number(uniform, 1)} dB</figcaption></figure>"
+        for original, recovered, score, uniform in shown[:MAX_PAIRS]
+    ]
+    finite = [score for score in images.psnr if math.isfinite(score)]
+    mean = f"mean PSNR {number(sum(finite) / len(finite), 1)} dB" if finite else "PSNR undefined"
+    extent = "" if len(shown) <= MAX_PAIRS else f"; {MAX_PAIRS} of {count(len(shown), 'image')} shown"
+    where = (
+        f"{images.attack}, round {images.round}, client {images.client}, seed {seed_of(run)}; {mean}{extent}"
+    )
+    return (
+        f'<div class="attack"><h4>{text(defense_of(run))}</h4>{paragraph(where, "quiet")}'
+        f'<div class="pairs">{"".join(pairs)}</div>'
+        f"{paragraph(mapping(images.conditions), 'quiet')}</div>"
+    )

@@ -1,0 +1,247 @@
+"""Plotly figures as pure functions of frames of numbers (see `seeds.numbers`): lines, points, scatter.
+
+Values are clamped nowhere; a range of more than two positive decades gets a logarithmic axis.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedaudit.report.display import number
+from fedaudit.report.quantities import describe, with_unit
+from fedaudit.report.style import (
+    INK,
+    Figure,
+    clip,
+    faint,
+    is_wide,
+    lay_out,
+    new_figure,
+    only,
+    round_ticks,
+    safe,
+    shown_defenses,
+    style_figure,
+    styles,
+    unit_of,
+    value_axis,
+    wrap,
+)
+
+MAX_POINTS = 200
+
+
+def over_rounds(rows: pd.DataFrame, quantity: str, observer: str, defenses: Sequence[str]) -> Figure:
+    """A quantity over rounds, one colour per defense.
+
+    Per-client quantities: the median of all clients and seeds, and the band from the 10 % to the 90 %
+    quantile. Quantities of the whole round: the mean over seeds, and each seed as a thin line.
+
+    Args:
+        rows: numbers with columns defense, seed, round, client_id, quantity, observer, value, unit, kind.
+        quantity: which.
+        observer: whose.
+        defenses: all defenses of the page, in order: they fix the colours.
+    """
+    part = only(rows, quantity, observer)
+    per_client = bool(part["client_id"].notna().any())
+    figure = new_figure()
+    for defense, style in styles(defenses).items():
+        mine = part[part["defense"] == defense]
+        if len(mine):
+            draw = _client_band if per_client else _seed_lines
+            draw(figure, mine, defense, style)
+    what = "median and 10–90 % band over clients" if per_client else _lines_note(part)
+    lay_out(figure, quantity, part, what, shown_defenses(part, defenses))
+    rounds = sorted(part["round"].unique())
+    figure.update_xaxes(title_text="Round", **round_ticks(rounds))
+    label = with_unit(describe(quantity).label, unit_of(part))
+    figure.update_yaxes(**value_axis(part["value"], label))
+    return figure
+
+
+def _lines_note(part: pd.DataFrame) -> str:
+    return "mean over seeds; thin lines: single seeds" if part["seed"].nunique() > 1 else "one seed"
+
+
+def _client_band(figure: Figure, mine: pd.DataFrame, defense: str, style: Mapping[str, str]) -> None:
+    grouped = mine.groupby("round")["value"]
+    middle, low, high = grouped.median(), grouped.quantile(0.1), grouped.quantile(0.9)
+    rounds = middle.index.to_numpy()
+    figure.add_scatter(
+        x=np.concatenate([rounds, rounds[::-1]]),
+        y=np.concatenate([high.to_numpy(), low.to_numpy()[::-1]]),
+        mode="lines",
+        fill="toself",
+        fillcolor=faint(style["colour"]),
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=defense,
+    )
+    _line(figure, rounds, middle.to_numpy(), defense, style)
+
+
+def _seed_lines(figure: Figure, mine: pd.DataFrame, defense: str, style: Mapping[str, str]) -> None:
+    by_seed = mine.pivot_table(index="round", columns="seed", values="value")
+    if by_seed.shape[1] > 1:
+        for seed in by_seed:
+            line = by_seed[seed].dropna()
+            figure.add_scatter(
+                x=line.index.to_numpy(),
+                y=line.to_numpy(),
+                mode="lines",
+                line={"color": style["colour"], "width": 1},
+                opacity=0.4,
+                name=f"seed {safe(str(seed))}",
+                showlegend=False,
+                legendgroup=defense,
+            )
+    mean = by_seed.mean(axis=1)
+    _line(figure, mean.index.to_numpy(), mean.to_numpy(), defense, style)
+
+
+def _line(figure: Figure, x: Any, y: Any, defense: str, style: Mapping[str, str]) -> None:
+    figure.add_scatter(
+        x=x,
+        y=y,
+        mode="lines+markers" if len(x) <= 30 else "lines",
+        line={"color": style["colour"], "width": 2.5, "dash": style["dash"]},
+        marker={"symbol": style["symbol"], "size": 7},
+        name=safe(defense),
+        legendgroup=defense,
+    )
+
+
+def by_defense(rows: pd.DataFrame, quantity: str, observer: str, defenses: Sequence[str]) -> Figure:
+    """A per-client quantity of few rounds as one column of points per defense, with the median as a bar."""
+    part = only(rows, quantity, observer)
+    figure = new_figure()
+    names = [name for name in defenses if (part["defense"] == name).any()]
+    for place, defense in enumerate(names):
+        style = styles(defenses)[defense]
+        values = np.sort(part.loc[part["defense"] == defense, "value"].to_numpy())
+        shown = values
+        if len(values) > MAX_POINTS:
+            shown = values[np.linspace(0, len(values) - 1, MAX_POINTS).round().astype(int)]
+        spread = 0.18 * ((np.arange(len(shown)) * 0.618034) % 1 - 0.5) * (len(shown) > 1)
+        middle = float(np.median(values))
+        figure.add_scatter(
+            x=[place - 0.22, place + 0.22],
+            y=[middle, middle],
+            mode="lines",
+            line={"color": INK, "width": 3},
+            name="median",
+            hovertemplate=f"median {number(middle)}<extra></extra>",
+            showlegend=False,
+        )
+        figure.add_scatter(
+            x=place + spread,
+            y=shown,
+            mode="markers",
+            marker={"color": style["colour"], "symbol": style["symbol"], "size": 8, "opacity": 0.65},
+            name=safe(defense),
+        )
+    rounds = ", ".join(str(r) for r in sorted(part["round"].unique())[:4])
+    note = f"one point per client and seed, bar: median; round {rounds}"
+    lay_out(figure, quantity, part, note, [])
+    words = [wrap(clip(name, 60), 66 // len(names)) for name in names]
+    ticks = {"tickvals": list(range(len(names))), "ticktext": words, "ticks": ""}
+    figure.update_xaxes(**ticks, range=[-0.6, len(names) - 0.4], showgrid=False, automargin=True)
+    label = with_unit(describe(quantity).label, unit_of(part))
+    figure.update_yaxes(**value_axis(part["value"], label))
+    return figure
+
+
+def utility_against_leakage(
+    values: pd.DataFrame,
+    leakages: Sequence[tuple[str, str]],
+    defenses: Sequence[str],
+    epsilons: Mapping[str, str],
+    utility: str = "accuracy",
+) -> Figure:
+    """Utility against each leakage quantity: a large mark per defense, the mean, and a small one per seed.
+
+    Args:
+        values: one number per defense, seed, quantity and observer, see `seeds.per_seed`.
+        leakages: (quantity, observer) of the panels.
+        defenses: all defenses, in order.
+        epsilons: what to write beside each defense's mark.
+        utility: quantity on the vertical axis.
+    """
+    across = min(3, len(leakages))
+    down = math.ceil(len(leakages) / across)
+    figure = new_figure(
+        rows=down, cols=across, shared_yaxes=True, horizontal_spacing=0.05, vertical_spacing=0.32 / down
+    )
+    base = values[values["quantity"] == utility][["defense", "seed", "value"]].rename(columns={"value": "y"})
+    for i, (quantity, observer) in enumerate(leakages):
+        place = {"row": i // across + 1, "col": i % across + 1}
+        panel = only(values, quantity, observer).merge(base, on=["defense", "seed"])
+        means = panel.groupby("defense")[["value", "y"]].mean()
+        sides = _label_sides(means)
+        for defense in [name for name in defenses if name in means.index]:
+            style = styles(defenses)[defense]
+            mine = panel[panel["defense"] == defense]
+            mark = {"color": style["colour"], "symbol": style["symbol"]}
+            figure.add_scatter(
+                x=[means.at[defense, "value"]],
+                y=[means.at[defense, "y"]],
+                mode="markers+text",
+                marker={**mark, "size": 14},
+                text=[f"\u2002{safe(epsilons.get(defense, ''))}\u2002"],
+                textposition=sides[defense],
+                textfont={"size": 12, "color": INK},
+                showlegend=i == 0,
+                legendgroup=defense,
+                name=safe(defense),
+                cliponaxis=False,
+                **place,
+            )
+            if len(mine) > 1:
+                figure.add_scatter(
+                    x=mine["value"].to_numpy(),
+                    y=mine["y"].to_numpy(),
+                    mode="markers",
+                    marker={**mark, "size": 6, "color": "#ffffff", "line": {"color": INK, "width": 1.2}},
+                    showlegend=False,
+                    legendgroup=defense,
+                    name=f"{safe(defense)}, single seeds",
+                    **place,
+                )
+        label = with_unit(f"{describe(quantity).label} ({observer})", unit_of(panel))
+        axis = value_axis(panel["value"], label) | _padded(panel["value"])
+        figure.update_xaxes(**axis, **place)
+    title = with_unit(describe(utility).label, unit_of(values[values["quantity"] == utility]))
+    figure.update_yaxes(**_padded(base["y"]))
+    figure.update_yaxes(title_text=title, col=1)
+    height = 130 + 24 * len(defenses) + 300 * down
+    note = "large marks: mean over seeds; small white marks: single seeds; up and to the left is better"
+    style_figure(figure, f"{describe(utility).label} against leakage", note, list(defenses), height)
+    figure.update_layout(margin_b=85 + 24 * len(defenses))
+    return figure
+
+
+def _label_sides(means: pd.DataFrame) -> dict[str, str]:
+    """Where each mark's label goes: towards the middle of the panel, and apart from a label close by."""
+    x = np.log10(means["value"]) if is_wide(means["value"]) else means["value"]
+    middle, span = (x.min() + x.max()) / 2, (means["y"].max() - means["y"].min()) or 1.0
+    sides: dict[str, str] = {}
+    last, crowd = -math.inf, 0
+    for name, y in means["y"].sort_values(kind="stable").items():
+        crowd = crowd + 1 if y - last < 0.07 * span else 0
+        last = y
+        across = "left" if x[str(name)] > middle else "right"
+        sides[str(name)] = f"{('middle', 'top', 'bottom')[crowd % 3]} {across}"
+    return sides
+
+
+def _padded(values: pd.Series) -> dict[str, Any]:
+    """A range with room for the labels beside the marks."""
+    sizes = np.log10(values) if is_wide(values) else values
+    low, high = float(sizes.min()), float(sizes.max())
+    pad = 0.25 * (high - low) or abs(high) * 0.1 or 0.5
+    return {"range": [low - pad, high + pad]}

@@ -1,0 +1,117 @@
+"""Leakage of every client in every round as a heat map: who is exposed, and when."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedaudit.report.display import number
+from fedaudit.report.quantities import describe, with_unit
+from fedaudit.report.style import (
+    INK,
+    Figure,
+    clip,
+    decades,
+    is_wide,
+    lay_out,
+    new_figure,
+    only,
+    round_ticks,
+    safe,
+    unit_of,
+    wrap,
+)
+
+
+def heat_map(
+    rows: pd.DataFrame, quantity: str, observer: str, defenses: Sequence[str], max_rows: int = 100
+) -> Figure:
+    """Client by round, one panel per defense, one colour scale for all; blank where there is no number.
+
+    A client's data depend on the seed, so the panels show the first seed only. More than `max_rows`
+    clients are ranked by their mean and averaged in `max_rows` equal groups, the highest at the top.
+    """
+    part = only(rows, quantity, observer)
+    part = part[part["client_id"].notna()]
+    names = [name for name in defenses if (part["defense"] == name).any()]
+    seed = min(part["seed"].unique(), key=_seed_order)
+    part = part[part["seed"] == seed]
+    names = [name for name in names if (part["defense"] == name).any()]
+    grids = {name: _grid(part[part["defense"] == name], max_rows) for name in names}
+    wide = is_wide(part["value"])
+    across = min(3, len(names))
+    down = math.ceil(len(names) / across)
+    figure = new_figure(
+        rows=down,
+        cols=across,
+        subplot_titles=[safe(clip(name, 130 // across)) for name in names],
+        horizontal_spacing=0.07,
+        vertical_spacing=0.16 / down,
+    )
+    rounds = sorted(part["round"].unique())
+    for i, name in enumerate(names):
+        grid = grids[name].reindex(columns=rounds)
+        raw = grid.to_numpy(dtype=float)
+        figure.add_heatmap(
+            z=_colour_values(raw, wide),
+            x=rounds,
+            y=[str(label) for label in grid.index],
+            coloraxis="coloraxis",
+            customdata=[[number(value) for value in row] for row in raw] if raw.size <= 5000 else None,
+            hovertemplate="client %{y}, round %{x}: "
+            + ("%{customdata}" if raw.size <= 5000 else ("10^%{z}" if wide else "%{z}"))
+            + "<extra></extra>",
+            xgap=1 if len(rounds) <= 60 else 0,
+            ygap=1,
+            row=i // across + 1,
+            col=i % across + 1,
+        )
+    tallest = max(len(grid) for grid in grids.values())
+    grouped = any(len(part.loc[part["defense"] == n, "client_id"].unique()) > max_rows for n in names)
+    note = f"seed {safe(str(seed))}; blank: no number"
+    if grouped:
+        note += f"; clients ranked by their mean and averaged in {max_rows} groups, most exposed first"
+    panel = min(640, max(200, 22 * tallest))
+    lay_out(figure, quantity, part, note, [], height=130 + down * (panel + 40))
+    figure.update_layout(
+        coloraxis=_colours(part, quantity, wide), margin={"t": 110, "b": 55, "l": 70, "r": 20}
+    )
+    figure.update_xaxes(title_text="Round", showgrid=False, **round_ticks(rounds))
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False, automargin=True)
+    figure.update_yaxes(title_text="Client group (rank of mean)" if grouped else "Client", col=1)
+    figure.update_annotations(font={"size": 13, "color": INK})
+    return figure
+
+
+def _grid(mine: pd.DataFrame, max_rows: int) -> pd.DataFrame:
+    grid = mine.pivot_table(index="client_id", columns="round", values="value").sort_index()
+    if len(grid) <= max_rows:
+        return grid
+    ranked = grid.loc[grid.mean(axis=1).sort_values(ascending=False, kind="stable").index]
+    group = np.arange(len(ranked)) * max_rows // len(ranked)
+    places = pd.Series(np.arange(1, len(ranked) + 1)).groupby(group).agg(["min", "max"])
+    grouped = ranked.groupby(group).mean()
+    grouped.index = pd.Index([f"{low}–{high}" for low, high in places.itertuples(index=False)])
+    return grouped
+
+
+def _colours(part: pd.DataFrame, quantity: str, wide: bool) -> dict[str, Any]:
+    title = with_unit(describe(quantity).label, unit_of(part))
+    bar: dict[str, Any] = {"title": {"text": wrap(title), "side": "top"}, "thickness": 14, "outlinewidth": 0}
+    if wide:
+        ticks, words = decades(part["value"])
+        bar |= {"tickvals": ticks, "ticktext": words}
+    return {"colorscale": "Cividis", "colorbar": bar}
+
+
+def _colour_values(raw: np.ndarray[Any, Any], wide: bool) -> np.ndarray[Any, Any]:
+    """Four digits are more than an eye can tell apart, and keep the page small."""
+    if wide:
+        raw = np.log10(raw).round(3)
+    return np.array([[float(f"{value:.4g}") for value in row] for row in raw])
+
+
+def _seed_order(seed: str) -> tuple[int, int, str]:
+    return (0, int(seed), "") if seed.isdigit() else (1, 0, seed)

@@ -1,0 +1,77 @@
+"""Small pieces of HTML: everything that comes from data is escaped here and nowhere else."""
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from fedaudit.report.style import Figure
+
+
+def text(value: object) -> str:
+    """Escaped text, safe between tags and inside quoted attributes."""
+    return html.escape(str(value), quote=True)
+
+
+def paragraph(value: str, kind: str = "") -> str:
+    """An escaped paragraph."""
+    return f'<p class="{text(kind)}">{text(value)}</p>' if kind else f"<p>{text(value)}</p>"
+
+
+def bullets(items: Iterable[str]) -> str:
+    """An escaped list."""
+    return "<ul>" + "".join(f"<li>{text(item)}</li>" for item in items) + "</ul>"
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Escaped terms and their values, as a compact grid."""
+    cells = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in pairs if v)
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def table(frame: pd.DataFrame, right: Sequence[str] = (), long: Sequence[str] = (), kind: str = "") -> str:
+    """An escaped table; columns in `right` hold numbers, columns in `long` may break inside words."""
+    classes = [
+        "number" if name in right else "long" if name in long else "" for name in map(str, frame.columns)
+    ]
+    heading = "".join(
+        f'<th scope="col" class="{c}">{text(name)}</th>'
+        for name, c in zip(frame.columns, classes, strict=True)
+    )
+    body = []
+    for row in frame.itertuples(index=False, name=None):
+        cells = "".join(f'<td class="{c}">{text(cell)}</td>' for cell, c in zip(row, classes, strict=True))
+        body.append(f"<tr>{cells}</tr>")
+    rows = "\n".join(body)
+    return (
+        f'<div class="scroll"><table class="{text(kind)}"><thead><tr>{heading}</tr></thead>\n'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def section(anchor: str, title: str, *content: str) -> str:
+    """A titled section; empty if it has no content."""
+    inside = "\n".join(filter(None, content))
+    return f'<section id="{text(anchor)}"><h2>{text(title)}</h2>\n{inside}\n</section>' if inside else ""
+
+
+def plot(figure: Figure) -> str:
+    """A figure as data that the page's script draws; no tag can be closed from inside the data."""
+    data = json.loads(figure.to_json())
+    content = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    height = int(figure.layout.height)
+    return (
+        f'<div class="plot" style="height:{height}px">'
+        f'<script type="application/json">{content}</script></div>'
+    )
+
+
+def mapping(values: Mapping[str, Any]) -> str:
+    """Keys and values on one line of plain text.
+
+    >>> mapping({"labels": "known", "restarts": 2})
+    'labels: known; restarts: 2'
+    """
+    return "; ".join(f"{key}: {value}" for key, value in values.items())

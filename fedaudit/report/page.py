@@ -1,0 +1,304 @@
+"""One HTML file that shows runs side by side and opens without a network: `write_report`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from plotly.offline import offline
+
+from fedaudit.records import Run, write_text
+from fedaudit.report import markup, template
+from fedaudit.report.attack_section import attack_section
+from fedaudit.report.display import comparison_text, count, interval, number, signed
+from fedaudit.report.figures import by_defense, over_rounds, utility_against_leakage
+from fedaudit.report.findings import baseline_of, findings, reading
+from fedaudit.report.guarantees import NO_GUARANTEE, worst_epsilon
+from fedaudit.report.heat_map import heat_map
+from fedaudit.report.provenance import audited, configuration, notices, run_list, versions
+from fedaudit.report.quantities import PRIVACY, describe, with_unit
+from fedaudit.report.seeds import (
+    defenses_in,
+    distinct_runs,
+    numbers,
+    per_seed,
+    pool,
+    quantities_in,
+    shown_observer,
+)
+from fedaudit.report.tables import comparison_table, paired_differences, problems, settings
+
+plotly_script: Callable[[], str] = offline.get_plotlyjs
+MAX_PROBLEMS, MAX_HEAT_MAPS, TRANSPOSE_UP_TO = 200, 6, 5
+ROLE_TITLES = {
+    "utility": "Utility",
+    "leakage": "Leakage",
+    "attack": "Attack scores",
+    "update": "Size and direction of updates",
+    "cost": "Time",
+}
+
+
+def write_report(runs: Sequence[Run], path: str | Path) -> Path:
+    """Write one self-contained HTML page about `runs` and return where it is.
+
+    The page holds its script, style, figures and images; a content security policy in it forbids every
+    network access. Runs should differ by defense and seed; what else differs is stated at the top.
+
+    Args:
+        runs: any number of runs, finished or not.
+        path: the file to write; replaced atomically.
+    """
+    target = Path(path)
+    write_text(target, render(runs))
+    return target
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text."""
+    kept, left_out = distinct_runs(runs)
+    pooled = pool(kept)
+    rows = numbers(pooled)
+    defenses = defenses_in(kept)
+    sections = {
+        "audited": ("What was audited", [markup.facts(audited(kept))]),
+        "findings": ("Key findings", [markup.bullets(findings(kept))]),
+        "comparison": ("Comparison of defenses", _comparison(kept)),
+        "differences": ("Differences to the baseline, paired by seed", _differences(kept)),
+        "scatter": ("Utility against leakage", _scatter(rows, pooled, defenses)),
+        "rounds": ("Over rounds", _over_rounds(rows, defenses)),
+        "clients": ("Who leaks, and when", _heat_maps(rows, defenses)),
+        "attacks": ("Attacks", [attack_section(kept)]),
+        "missing": ("Skipped, failed and rejected", _problems(kept)),
+        "reading": ("How to read these numbers", _how_to_read(rows, pooled)),
+        "threats": ("Threat model", _threats()),
+        "settings": ("Settings behind the numbers", _settings(kept)),
+        "configuration": ("Runs, configuration and versions", _provenance(kept)),
+    }
+    drawn = {name: markup.section(name, title, *parts) for name, (title, parts) in sections.items()}
+    links = "".join(
+        f'<a href="#{name}">{markup.text(sections[name][0])}</a>'
+        for name, content in drawn.items()
+        if content
+    )
+    title = f"Leakage audit: {', '.join(defenses) or 'no runs'}"
+    warnings = notices(runs, kept, left_out)
+    notice = f'<div class="notice" role="note">{markup.bullets(warnings)}</div>' if warnings else ""
+    body = "\n".join(filter(None, drawn.values()))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{template.POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{markup.text(title)}</title>
+<style>{template.STYLE}</style>
+</head>
+<body>
+<main>
+<header><h1>{markup.text(title)}</h1>
+{markup.paragraph(_subtitle(kept, len(pooled)), "quiet")}
+<nav>{links}</nav>
+</header>
+<noscript><p class="notice">The figures need JavaScript; tables and findings do not.</p></noscript>
+{notice}
+{body}
+<footer>{markup.paragraph("Written by fedaudit. This page loads nothing from a network.", "quiet")}</footer>
+</main>
+<script>{plotly_script()}</script>
+<script>{template.SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _subtitle(runs: Sequence[Run], records: int) -> str:
+    started = sorted(str(s) for run in runs if (s := run.info.get("run", {}).get("started")))
+    when = ""
+    if started:
+        first, last = started[0][:16].replace("T", " "), started[-1][:16].replace("T", " ")
+        when = f", started {first}" if first == last else f", started {first} to {last}"
+    return f"{count(len(runs), 'run')}, {count(records, 'record')}{when}"
+
+
+def _comparison(runs: Sequence[Run]) -> list[str]:
+    shown = comparison_text(comparison_table(runs))
+    if not len(shown):
+        return []
+    if len(shown) <= TRANSPOSE_UP_TO:
+        turned = shown.set_index("Defense").T.reset_index().rename(columns={"index": "Quantity"})
+        drawn = markup.table(turned, right=[str(name) for name in turned.columns[1:]], kind="comparison")
+    else:
+        drawn = markup.table(shown, right=[str(name) for name in shown.columns[1:]], kind="comparison")
+    note = (
+        "Mean ± half-width of the 95 % interval over seeds. Accuracy is that of the last evaluated round; "
+        "leakage is the mean over clients and audited rounds; attack scores are means over attacked updates; "
+        "ε is the largest over clients and seeds. In brackets: who observed it."
+    )
+    return [drawn, markup.paragraph(note, "quiet"), markup.paragraph(template.INTERVALS, "quiet")]
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    frame = paired_differences(runs, baseline_of(runs)) if runs else pd.DataFrame()
+    if not len(frame):
+        return []
+    baseline = str(frame["baseline"].iloc[0])
+    shown = pd.DataFrame(
+        {
+            "Defense": frame["defense"],
+            "Quantity": [
+                with_unit(describe(q).label, u) for q, u in zip(frame["quantity"], frame["unit"], strict=True)
+            ],
+            "Observer": frame["observer"],
+            f"Under {baseline}": frame["baseline_mean"].map(number),
+            "Under the defense": frame["defense_mean"].map(number),
+            "Difference": frame["difference"].map(signed),
+            "95 % interval": [
+                interval(low, high) for low, high in zip(frame["low"], frame["high"], strict=True)
+            ],
+            "Seeds": frame["seeds"],
+            "Reading": [
+                reading(*row) for row in frame[["difference", "half_width", "seeds"]].itertuples(index=False)
+            ],
+        }
+    )
+    if shown["Defense"].nunique() == 1:
+        note = f"{shown['Defense'].iloc[0]} minus {baseline}, over the seeds that both were run with."
+        shown = shown.drop(columns="Defense")
+    else:
+        note = f"Each defense minus {baseline}, over the seeds that both were run with."
+    right = [f"Under {baseline}", "Under the defense", "Difference", "95 % interval", "Seeds"]
+    return [markup.paragraph(note, "quiet"), markup.table(shown, right=right)]
+
+
+def _leakages(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """Leakage and headline attack scores with the observer that is compared."""
+    names = [
+        q for q in quantities_in(rows) if describe(q).role in ("leakage", "attack") and describe(q).headline
+    ]
+    return [(name, shown_observer(rows, name)) for name in names]
+
+
+def _scatter(rows: pd.DataFrame, pooled: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
+    values = per_seed(rows)
+    having = set(
+        zip(*(values.loc[values["quantity"] == "accuracy", c] for c in ("defense", "seed")), strict=True)
+    )
+    drawable = []
+    for quantity, observer in _leakages(rows):
+        part = values[(values["quantity"] == quantity) & (values["observer"] == observer)]
+        if having & set(zip(part["defense"], part["seed"], strict=True)):
+            drawable.append((quantity, observer))
+    if not drawable:
+        return []
+    labels = {}
+    for defense in defenses:
+        worst = worst_epsilon(pooled[pooled["defense"] == defense])
+        labels[defense] = NO_GUARANTEE if worst.epsilon is None else f"ε = {number(worst.epsilon)}"
+    figure = utility_against_leakage(values, drawable, defenses, labels)
+    note = "ε is the worst client's, at the δ, unit and accountant given in the comparison table."
+    return [markup.plot(figure), markup.paragraph(note, "quiet")]
+
+
+def _over_rounds(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
+    parts = []
+    for role, title in ROLE_TITLES.items():
+        plots = []
+        for quantity in quantities_in(rows):
+            if describe(quantity).role != role:
+                continue
+            for observer, part in rows[rows["quantity"] == quantity].groupby("observer"):
+                few = part["round"].nunique() < 3 and bool(part["client_id"].notna().all())
+                draw = by_defense if few else over_rounds
+                plots.append(markup.plot(draw(rows, quantity, str(observer), defenses)))
+        if plots:
+            parts += [f"<h3>{title}</h3>", '<div class="plots">' + "\n".join(plots) + "</div>"]
+    return parts
+
+
+def _heat_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
+    own = rows[rows["client_id"].notna()]
+    names = [
+        (name, shown_observer(own, name))
+        for name in quantities_in(own)
+        if describe(name).role == "leakage" and own.loc[own["quantity"] == name, "round"].nunique() > 1
+    ]
+    plots = [markup.plot(heat_map(own, name, observer, defenses)) for name, observer in names[:MAX_HEAT_MAPS]]
+    if len(names) > MAX_HEAT_MAPS:
+        plots.append(markup.paragraph(f"{MAX_HEAT_MAPS} of {len(names)} measures are drawn.", "quiet"))
+    return plots
+
+
+def _problems(runs: Sequence[Run]) -> list[str]:
+    frame = problems(runs)
+    if not len(frame):
+        return [markup.paragraph("Nothing was skipped, failed or rejected.")] if runs else []
+    renamed = {
+        "status": "Status",
+        "count": "Count",
+        "quantity": "Quantity",
+        "observer": "Observer",
+        "defense": "Defense",
+        "reason": "Reason",
+        "clients": "Clients",
+        "first": "Client ids",
+        "rounds": "Rounds",
+    }
+    shown = frame.head(MAX_PROBLEMS)[list(renamed)].rename(columns=renamed).fillna("")
+    drawn = markup.table(shown, right=["Count", "Clients", "Rounds"], long=["Reason"])
+    rest = len(frame) - MAX_PROBLEMS
+    more = markup.paragraph(f"{rest} more reasons are in the records.", "quiet") if rest > 0 else ""
+    totals = frame.groupby("status")["count"].sum()
+    total = "; ".join(f"{name}: {n:,}" for name, n in totals.items())
+    return [markup.paragraph(f"Rows without a number. {total}."), drawn, more]
+
+
+def _how_to_read(rows: pd.DataFrame, pooled: pd.DataFrame) -> list[str]:
+    lines = []
+    for name in quantities_in(rows):
+        part = rows[rows["quantity"] == name]
+        known = describe(name)
+        words = (
+            ", ".join(sorted(map(str, part[column].dropna().unique()))) for column in ("kind", "observer")
+        )
+        lines.append(
+            (known.label, *words, known.meaning or "A measure without a description here.", known.limits)
+        )
+    if pooled["epsilon"].notna().any() or (pooled["quantity"] == PRIVACY).any():
+        lines.append(("ε (epsilon)", "upper", "–", *template.EPSILON))
+    if not lines:
+        return []
+    frame = pd.DataFrame(lines, columns=["Quantity", "Kind", "Observer", "What it is", "What it is not"])
+    kinds = "; ".join(f"{name}: {meaning}" for name, meaning in template.KINDS)
+    return [markup.table(frame, kind="reading"), markup.paragraph(f"Kinds of number. {kinds}.", "quiet")]
+
+
+def _threats() -> list[str]:
+    frame = pd.DataFrame(template.THREAT_MODEL, columns=["Observer", "What it sees and what its numbers are"])
+    return [markup.table(frame, kind="reading")]
+
+
+def _settings(runs: Sequence[Run]) -> list[str]:
+    found = settings(runs)
+    found = found[[describe(name).role != "attack" for name in found["quantity"]]]
+    if not len(found):
+        return []
+    shown = pd.DataFrame(
+        {
+            "Quantity": [describe(name).label for name in found["quantity"]],
+            "Observer": found["observer"],
+            "Defense": found["defense"],
+            "Settings and side results": found["settings"].map(markup.mapping),
+        }
+    )
+    return [markup.table(shown, long=["Settings and side results"])]
+
+
+def _provenance(runs: Sequence[Run]) -> list[str]:
+    listed = run_list(runs)
+    if not len(listed):
+        return []
+    parts = ["<h3>Runs</h3>", markup.table(listed, right=["Rounds", "Records"], long=["Run"])]
+    for title, frame in (("Configuration", configuration(runs)), ("Versions", versions(runs))):
+        if len(frame):
+            parts += [f"<h3>{title}</h3>", markup.table(frame, long=["Value"])]
+    return parts

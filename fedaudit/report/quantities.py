@@ -1,0 +1,255 @@
+"""What a reader must know about each quantity: its label, its place, its direction and its limits.
+
+Nothing depends on this list but wording and order: a quantity that is not in it is shown all the same,
+described by the registry's one line if it is a registered measure.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedaudit.registry import MEASURES
+
+Role = Literal["utility", "leakage", "attack", "update", "cost"]
+Pooling = Literal["last", "mean", "sum"]
+
+BOUND = " bound"
+"""Ends the name of the quantity made of a record's extra value "bound-nats"."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How one quantity is worded, ordered and summarised.
+
+    Attributes:
+        name: name in the records.
+        label: name for people, without unit.
+        role: utility, leakage, attack (a score of a reconstruction), update (geometry) or cost.
+        pooling: a run's one number: its last round that has it, the mean of all its rows, or their sum.
+        wanted: +1 if a deployer wants it high, -1 if low, 0 if neither.
+        headline: whether it is a column of the comparison table.
+        meaning: what it is.
+        limits: what it is not.
+    """
+
+    name: str
+    label: str
+    role: Role = "leakage"
+    pooling: Pooling = "mean"
+    wanted: int = 0
+    headline: bool = True
+    meaning: str = ""
+    limits: str = ""
+
+
+_KNOWN = (
+    Quantity(
+        "accuracy",
+        "Accuracy",
+        "utility",
+        "last",
+        1,
+        meaning="Share of held-out test examples that the global model classifies correctly.",
+        limits="Not the accuracy on any one client's data. Round 0 is the model before training.",
+    ),
+    Quantity(
+        "loss",
+        "Test loss",
+        "utility",
+        "last",
+        -1,
+        False,
+        meaning="Mean cross-entropy of the global model on the held-out test examples.",
+        limits="Not comparable between datasets with different numbers of classes.",
+    ),
+    Quantity(
+        "train-loss",
+        "Local training loss",
+        "utility",
+        "last",
+        -1,
+        False,
+        meaning="Mean loss each client reports on its own data while training.",
+        limits="Reported by the clients themselves and not verified.",
+    ),
+    Quantity(
+        "mutual-information",
+        "Mutual information",
+        "leakage",
+        "mean",
+        -1,
+        meaning="Estimated nats that a protected gradient gives about the batch it was computed from. A "
+        "trained critic must tell the true batch from other candidates on batches it has not seen, so the "
+        "value cannot exceed its ceiling ln K for K candidates.",
+        limits="Not an upper bound on leakage: a low value can also mean a weak critic, and a value at the "
+        "ceiling means 'at least this much'. Read it beside its ceiling and its permutation p-value, both "
+        "listed under the settings.",
+    ),
+    Quantity(
+        "example-gradient-uniqueness",
+        "Example gradient uniqueness",
+        "leakage",
+        "mean",
+        -1,
+        meaning="How far one example's gradient stands out of the client's other gradients and noise: "
+        "GNQ = g·(S + λI)⁻¹g, with S the second moments of the others and λ the ridge or the noise; "
+        "the mean over the client's examples.",
+        limits="Not a guarantee: an adversary who knows all the other examples is not covered. It depends on "
+        "λ, which is listed under the settings; a mean hides the most exposed example.",
+    ),
+    Quantity(
+        "example-gradient-uniqueness" + BOUND,
+        "Example uniqueness bound",
+        "leakage",
+        "mean",
+        -1,
+        meaning="½ ln(1 + GNQ): at most this many nats about whether an example took part are in one step, "
+        "for an observer who is uncertain about the other examples (Gaussian approximation of their sum).",
+        limits="Not a differential-privacy guarantee, and per step: over steps and rounds it adds up.",
+    ),
+    Quantity(
+        "cohort-gradient-uniqueness",
+        "Cohort gradient uniqueness",
+        "leakage",
+        "mean",
+        -1,
+        meaning="How far one client's whole update stands out of the same round's other updates; the same "
+        "formula with updates in place of gradients. Needs no private data.",
+        limits="Not a statement about any single example. High values also arise from unusual but harmless "
+        "data and from noise that is added to the update.",
+    ),
+    Quantity(
+        "cohort-gradient-uniqueness" + BOUND,
+        "Cohort uniqueness bound",
+        "leakage",
+        "mean",
+        -1,
+        False,
+        meaning="½ ln(1 + GNQ) of the cohort: nats about whether the client took part, for an observer of "
+        "the sum.",
+        limits="Not about a single example, and not against a server that sees each update separately.",
+    ),
+    Quantity(
+        "update-norm",
+        "Update norm",
+        "update",
+        "mean",
+        0,
+        False,
+        meaning="Euclidean norm of a client's update.",
+        limits="Not a measure of leakage by itself; noise raises it and clipping lowers it.",
+    ),
+    Quantity(
+        "update-cosine",
+        "Cosine to the cohort's mean",
+        "update",
+        "mean",
+        0,
+        False,
+        meaning="Cosine between a client's update and the mean update of the round.",
+        limits="Not a measure of leakage by itself; it falls with noise and with unusual data alike.",
+    ),
+    Quantity(
+        "*.psnr",
+        "reconstruction PSNR",
+        "attack",
+        "mean",
+        -1,
+        meaning="Peak signal-to-noise ratio of the reconstructed against the true images, in dB: higher is a "
+        "closer copy. Beside each recorded image stands what a uniform image of its mean would score.",
+        limits="The success of one attack under its stated conditions, not a limit on what another could do.",
+    ),
+    Quantity(
+        "*.ssim",
+        "structural similarity",
+        "attack",
+        "mean",
+        -1,
+        False,
+        meaning="Structural similarity of reconstructed and true images; 1 is identical.",
+        limits="Unreliable on images of a few pixels; the success of one attack only.",
+    ),
+    Quantity(
+        "*.mse",
+        "mean squared error",
+        "attack",
+        "mean",
+        1,
+        False,
+        meaning="Mean squared error per pixel between reconstructed and true images.",
+        limits="The success of one attack only; unbounded if the attack diverges.",
+    ),
+    Quantity(
+        "*.label-accuracy",
+        "label recovery",
+        "attack",
+        "mean",
+        -1,
+        False,
+        meaning="Share of the batch's labels that the attack recovered.",
+        limits="Trivially 1 where the attack was given the labels; see the attack's conditions.",
+    ),
+    Quantity(
+        "round-seconds",
+        "Time",
+        "cost",
+        "sum",
+        -1,
+        False,
+        meaning="Wall-clock seconds of all rounds together, audit included.",
+        limits="Not comparable between machines.",
+    ),
+)
+
+_BY_NAME = {known.name: known for known in _KNOWN}
+_ORDER = {known.name: place for place, known in enumerate(_KNOWN)}
+_ROLES = ("utility", "leakage", "attack", "update", "cost")
+PRIVACY = "epsilon"
+"""The quantity that is read from the columns epsilon, delta, privacy_unit and accountant instead."""
+
+
+def describe(name: str) -> Quantity:
+    """What is known about a quantity; one that is not listed counts as a measure of leakage.
+
+    >>> describe("dlg.psnr").label
+    'DLG: reconstruction PSNR'
+    >>> describe("curvature").label
+    'Curvature'
+    """
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    owner, dot, score = name.partition(".")
+    if dot and f"*.{score}" in _BY_NAME:
+        known = _BY_NAME[f"*.{score}"]
+        return replace(known, name=name, label=f"{_title(owner, short=True)}: {known.label}")
+    if dot:
+        label = f"{_title(owner, short=True)}: {score.replace('-', ' ')}"
+        return Quantity(name, label, "attack", headline=False)
+    base = name.removesuffix(BOUND)
+    if base != name:
+        meaning = "Upper bound in nats that goes with " + describe(base).label.lower() + "."
+        return Quantity(name, f"{_title(base)} bound", wanted=-1, headline=False, meaning=meaning)
+    summary = MEASURES[name].summary if name in MEASURES else ""
+    meaning = f"{summary[:1].upper()}{summary[1:]}." if summary else ""
+    return Quantity(name, _title(name), meaning=meaning)
+
+
+def order(name: str) -> tuple[int, int, str]:
+    """Sort key that puts utility before leakage before attacks, known before new."""
+    known = describe(name)
+    score = f"*.{name.partition('.')[2]}"
+    place = _ORDER.get(name, _ORDER.get(score, len(_ORDER)))
+    return _ROLES.index(known.role), place, name
+
+
+def with_unit(label: str, unit: str) -> str:
+    """Label and unit as on an axis; the unit "1" is left out.
+
+    >>> with_unit("Mutual information", "nats"), with_unit("Accuracy", "1")
+    ('Mutual information [nats]', 'Accuracy')
+    """
+    return label if unit in ("1", "") else f"{label} [{unit}]"
+
+
+def _title(name: str, short: bool = False) -> str:
+    words = name.replace("-", " ")
+    return words.upper() if short and len(words) <= 4 else words[:1].upper() + words[1:]

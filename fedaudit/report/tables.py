@@ -1,0 +1,251 @@
+"""Runs to tables: one row per defense, differences to a baseline paired by seed, a summary of one run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from fedaudit.records import Run
+from fedaudit.report.guarantees import worst_epsilon
+from fedaudit.report.quantities import describe
+from fedaudit.report.seeds import (
+    defense_of,
+    defenses_in,
+    distinct_runs,
+    last_round,
+    numbers,
+    over_seeds,
+    parse_extras,
+    per_seed,
+    pool,
+    quantities_in,
+    shown_observer,
+    t_interval,
+)
+
+TIME = "round-seconds"
+
+
+def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per defense: utility, leakage, attack success, formal epsilon, time.
+
+    For every headline quantity q the columns are "q" (mean over seeds), "q ±" (half-width of the Student-t
+    95 % interval over seeds, NaN for one seed), "q unit" and "q observer"; the observer is the first of
+    oracle, client, server that all defenses have. Then "epsilon", "delta", "privacy-unit" and "accountant"
+    of the worst client over all seeds, "guarantee" (the four as text), "seconds", "seconds ±", "rounds"
+    and "seeds". A measure that is new to the report is a headline quantity.
+
+    The intervals cover the choice of seed only: not other data, models or settings.
+
+    Args:
+        runs: runs that differ by defense and seed; of two with the same defense and seed one is used.
+
+    Returns:
+        The table; no rows if there are no runs.
+    """
+    kept, _ = distinct_runs(runs)
+    pooled = pool(kept)
+    rows = numbers(pooled)
+    means = over_seeds(per_seed(rows))
+    headline = ["accuracy", *(q for q in quantities_in(rows) if describe(q).headline and q != "accuracy")]
+    observers = {quantity: shown_observer(rows, quantity) for quantity in headline}
+    table = []
+    for defense in defenses_in(kept):
+        mine = means[means["defense"] == defense]
+        row: dict[str, Any] = {"defense": defense}
+        for quantity in headline:
+            row |= _cells(mine[mine["quantity"] == quantity], quantity, observers[quantity])
+        worst = worst_epsilon(pooled[pooled["defense"] == defense])
+        row |= {
+            "epsilon": math.nan if worst.epsilon is None else worst.epsilon,
+            "delta": math.nan if worst.delta is None else worst.delta,
+            "privacy-unit": worst.unit or "",
+            "accountant": worst.accountant or "",
+            "guarantee": str(worst),
+        }
+        time = mine[mine["quantity"] == TIME]
+        row["seconds"] = float(time["mean"].iloc[0]) if len(time) else math.nan
+        row["seconds ±"] = float(time["half_width"].iloc[0]) if len(time) else math.nan
+        its_runs = [run for run in kept if defense_of(run) == defense]
+        row["rounds"] = min(last_round(run) for run in its_runs)
+        row["seeds"] = len(its_runs)
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def _cells(means: pd.DataFrame, quantity: str, observer: str) -> dict[str, Any]:
+    chosen = means[means["observer"] == observer]
+    if not len(chosen):  # no observer is common to all defenses: show whose number there is
+        chosen = means.head(1)
+    cell = chosen.iloc[0] if len(chosen) else None
+    return {
+        quantity: math.nan if cell is None else float(cell["mean"]),
+        f"{quantity} ±": math.nan if cell is None else float(cell["half_width"]),
+        f"{quantity} unit": "" if cell is None else str(cell["unit"]),
+        f"{quantity} observer": "" if cell is None else str(cell["observer"]),
+    }
+
+
+def paired_differences(runs: Sequence[Run], baseline: str = "none") -> pd.DataFrame:
+    """Each defense minus the baseline, paired by seed, for every quantity and observer both have.
+
+    d_s = value(defense, seed s) - value(baseline, seed s); the row gives their mean and Student-t 95 %
+    interval over the n common seeds. Pairing removes what a seed changes for both: data split and
+    initial weights. With two seeds the t factor is 12.7 and the interval wide; with one there is none.
+
+    Args:
+        runs: runs that differ by defense and seed.
+        baseline: the defense to subtract, as written in the records.
+
+    Returns:
+        Columns "defense", "baseline", "quantity", "observer", "unit", "baseline_mean", "defense_mean",
+        "difference", "half_width", "low", "high", "seeds"; no rows if there is nothing to pair.
+
+    Raises:
+        ValueError: if there are runs but none with the baseline.
+    """
+    kept, _ = distinct_runs(runs)
+    defenses = defenses_in(kept)
+    if kept and baseline not in defenses:
+        raise ValueError(
+            f"the baseline must be one of the runs' defenses, got {baseline!r}: "
+            f"choose from {', '.join(defenses)}"
+        )
+    columns = [
+        *("defense", "baseline", "quantity", "observer", "unit", "baseline_mean", "defense_mean"),
+        *("difference", "half_width", "low", "high", "seeds"),
+    ]
+    values = per_seed(numbers(pool(kept)))
+    ours = values[values["defense"] == baseline]
+    paired = ["seed", "quantity", "observer"]
+    others = values[values["defense"] != baseline]
+    both = others.merge(ours[[*paired, "value"]], on=paired, suffixes=("", "_base"))
+    rows = []
+    for defense in defenses:
+        mine = both[both["defense"] == defense]
+        for quantity in quantities_in(mine):
+            for observer, part in mine[mine["quantity"] == quantity].groupby("observer"):
+                difference, half, n = t_interval((part["value"] - part["value_base"]).to_list())
+                means = part["value_base"].mean(), part["value"].mean()
+                ends = difference, half, difference - half, difference + half
+                rows.append((defense, baseline, quantity, observer, part["unit"].iloc[0], *means, *ends, n))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def all_quantities(runs: Sequence[Run]) -> pd.DataFrame:
+    """Every quantity by every observer, one row each per defense: see `seeds.over_seeds` for the columns."""
+    return over_seeds(per_seed(numbers(pool(distinct_runs(runs)[0]))))
+
+
+def problems(runs: Sequence[Run]) -> pd.DataFrame:
+    """What did not become a number, by status, quantity, observer, defense and reason, most frequent first.
+
+    Columns "status", "quantity", "observer", "defense", "reason", "count", "clients" (how many),
+    "first" (a few client ids), "rounds" (from-to).
+    """
+    pooled = pool(runs)
+    rows = pooled[pooled["status"] != "ok"]
+    keys = ["status", "quantity", "observer", "defense", "reason"]
+    table = []
+    for key, part in rows.groupby(keys, dropna=False):
+        ids = [int(client) for client in part["client_id"].dropna().unique()]
+        low, high = int(part["round"].min()), int(part["round"].max())
+        first = ", ".join(map(str, sorted(ids)[:5])) + (", …" if len(ids) > 5 else "")
+        span = str(low) if low == high else f"{low}–{high}"
+        table.append((*key, len(part), len(ids), first, span))
+    frame = pd.DataFrame(table, columns=[*keys, "count", "clients", "first", "rounds"])
+    frame = _in_order(frame, defenses_in(runs))
+    return frame.sort_values(["status", "count"], ascending=[True, False], kind="stable", ignore_index=True)
+
+
+def settings(runs: Sequence[Run]) -> pd.DataFrame:
+    """What the numbers were computed with: each key of the extras, by quantity, observer and defense.
+
+    Columns "quantity", "observer", "defense", "rows", "settings": a mapping from key to its value, to
+    "low – high" for numbers that vary, or to the few distinct texts.
+    """
+    pooled = pool(runs)
+    rows = pooled[(pooled["status"] == "ok") & ~pooled["extra"].isin(["{}", ""])]
+    table = []
+    for (quantity, observer, defense), part in rows.groupby(["quantity", "observer", "defense"]):
+        found: dict[str, list[Any]] = {}
+        for content in parse_extras(part["extra"]).values():
+            for key, value in content.items():
+                found.setdefault(str(key), []).append(value)
+        words = {key: _range(values) for key, values in sorted(found.items())}
+        table.append((quantity, observer, defense, len(part), words))
+    frame = pd.DataFrame(table, columns=["quantity", "observer", "defense", "rows", "settings"])
+    frame = _in_order(frame, defenses_in(runs))
+    places = {name: place for place, name in enumerate(quantities_in(frame))}
+    return frame.sort_values(
+        "quantity", key=lambda names: names.map(places), kind="stable", ignore_index=True
+    )
+
+
+def _in_order(frame: pd.DataFrame, defenses: Sequence[str]) -> pd.DataFrame:
+    """Rows by the defense's place among all, otherwise as they were."""
+    places = {name: place for place, name in enumerate(defenses)}
+    return frame.sort_values("defense", key=lambda names: names.map(places), kind="stable")
+
+
+def _range(values: Sequence[Any]) -> str:
+    plain = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    if len(plain) == len(values):
+        low, high = min(plain), max(plain)
+        return f"{low:.4g}" if math.isclose(low, high) else f"{low:.3g} – {high:.3g}"
+    texts = list(dict.fromkeys(str(v).lower() if isinstance(v, bool) else str(v) for v in values))
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+
+
+def records_summary(records: pd.DataFrame) -> dict[str, Any]:
+    """One run's records in short, for summary.json; kebab-case keys, plain values.
+
+    Returns:
+        "rounds" (last one), "records", "status" (counts), "accuracy" (last value and its round, or None),
+        "quantities" (by name and observer: mean, min, max, count, clients, unit, kind), "epsilon" (the worst
+        client's with delta, unit, accountant and client; None without a guarantee) and "seconds".
+    """
+    rows = numbers(records)
+    accuracy = rows[rows["quantity"] == "accuracy"].sort_values("round", kind="stable")
+    quantities: dict[str, dict[str, Any]] = {}
+    for quantity in quantities_in(rows):
+        for observer, part in rows[rows["quantity"] == quantity].groupby("observer"):
+            quantities.setdefault(quantity, {})[str(observer)] = _spread(part)
+    worst = worst_epsilon(records)
+    return {
+        "rounds": int(records["round"].max()) if len(records) else 0,
+        "records": len(records),
+        "status": {str(name): int(n) for name, n in records["status"].value_counts().sort_index().items()},
+        "accuracy": _last(accuracy),
+        "quantities": quantities,
+        "epsilon": None
+        if worst.epsilon is None
+        else {
+            "worst": worst.epsilon,
+            "delta": worst.delta,
+            "unit": worst.unit,
+            "accountant": worst.accountant,
+            "client": worst.client_id,
+            "clients-without": max(0, worst.clients - worst.covered),
+        },
+        "seconds": float(rows.loc[rows["quantity"] == TIME, "value"].sum()),
+    }
+
+
+def _last(rows: pd.DataFrame) -> Mapping[str, Any] | None:
+    if not len(rows):
+        return None
+    return {"value": float(rows["value"].iloc[-1]), "round": int(rows["round"].iloc[-1])}
+
+
+def _spread(part: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "mean": float(part["value"].mean()),
+        "min": float(part["value"].min()),
+        "max": float(part["value"].max()),
+        "count": len(part),
+        "clients": int(part["client_id"].nunique()),
+        "unit": str(part["unit"].iloc[0]),
+        "kind": str(part["kind"].iloc[0]),
+    }
