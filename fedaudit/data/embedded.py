@@ -1,0 +1,59 @@
+"""Real data that comes with scikit-learn: nothing is downloaded, so examples and tests run anywhere."""
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits, load_sample_images
+
+from fedaudit.data.dataset import Dataset
+
+SIZE = 32
+
+
+def digits(root: str = "", download: bool = False) -> Dataset:
+    """1797 handwritten digits, (1, 8, 8), grey levels 0 to 16 divided by 16, ten classes.
+
+    The test part of the UCI "Optical Recognition of Handwritten Digits" set (Alpaydin, Kaynak 1998).
+
+    Args:
+        root: unused; the data are embedded.
+        download: unused.
+
+    >>> digits().x.shape
+    torch.Size([1797, 1, 8, 8])
+    """
+    bunch = load_digits()
+    x = torch.from_numpy((bunch.images / 16.0).astype(np.float32)).unsqueeze(1)
+    y = torch.from_numpy(bunch.target.astype(np.int64))
+    return Dataset("digits", x, y, num_classes=10, class_names=tuple(map(str, range(10))))
+
+
+def patches(root: str = "", download: bool = False, stride: int = SIZE) -> Dataset:
+    """32x32 RGB patches of two photographs (a temple, a flower), whose photograph is the label.
+
+    Natural image content for reconstruction attacks. With the default stride patches do not overlap and
+    there are 2 * 13 * 20 = 520; below 32 neighbours share pixels, and a random split then puts shared
+    pixels on both sides: test accuracy and membership inference on it mean little.
+
+    Args:
+        root: unused; the photographs come with scikit-learn.
+        download: unused.
+        stride: pixels between the corners of neighbouring patches.
+
+    Raises:
+        ValueError: if `stride` is not from 1 to 395, the most that leaves two rows of patches.
+
+    >>> patches().x.shape
+    torch.Size([520, 3, 32, 32])
+    """
+    photographs = load_sample_images().images
+    most = min(min(p.shape[:2]) for p in photographs) - SIZE
+    if not 1 <= stride <= most:
+        raise ValueError(f"stride must be from 1 to {most} pixels, got {stride}: use e.g. {SIZE}")
+    pieces = []
+    for photograph in photographs:
+        pixels = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)  # (3, height, width)
+        windows = pixels.unfold(1, SIZE, stride).unfold(2, SIZE, stride)  # (3, rows, columns, 32, 32)
+        pieces.append(windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, SIZE, SIZE))
+    x = torch.cat(pieces).to(torch.float32) / 255.0
+    y = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor([len(p) for p in pieces]))
+    return Dataset("patches", x, y, num_classes=2, class_names=("china", "flower"))
