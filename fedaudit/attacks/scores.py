@@ -3,7 +3,12 @@
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+
+from fedaudit.vision import import_torchvision
+
+import_torchvision()  # torchmetrics imports it too, and a CPU build of torch needs the shim first
+
+from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: E402
 
 MSE_FLOOR = 1e-10
 """Relative MSE below which two images count as equal: PSNR is at most 100 dB, never infinite."""
