@@ -61,7 +61,7 @@ def test_a_class_folder_without_images_is_an_error(folder):
 @pytest.mark.parametrize("root", ["", "missing"], ids=["no-sub-folders", "no-folder"])
 def test_a_root_without_class_folders_is_an_error_that_names_the_key(tmp_path, root):
     with pytest.raises(
-        DataError, match="needs one sub-folder per class, two or more, got none in data.root="
+        DataError, match=r"needs one sub-folder per class, two or more, got none in data.root="
     ):
         image_folder(str(tmp_path / root))
 

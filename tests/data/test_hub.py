@@ -121,5 +121,5 @@ def test_the_hub_is_not_asked_unless_downloads_are_allowed(flower_datasets):
 def test_a_split_that_is_not_there_is_an_error_that_names_it(flower_datasets, tmp_path):
     (tmp_path / "images" / "train" / "ants").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "images" / "train" / "ants" / "0.png")
-    with pytest.raises(DataError, match="split 'other' of dataset .*cannot be loaded"):
+    with pytest.raises(DataError, match=r"split 'other' of dataset .*cannot be loaded"):
         load_dataset(DataConfig(name=f"hub(id={tmp_path / 'images'}, split=other)", root=flower_datasets))
