@@ -1,16 +1,16 @@
-"""The reference ClientApp: train locally under the run's defense, measure oneself if asked, send the update."""
+"""The reference ClientApp: train locally under the defense in force, measure oneself if asked, send the update."""
 
 from typing import Any
 
 import torch
-from fedaudit.accounting import Ledger
-from fedaudit.flower.arrays import from_state_dict, to_state_dict
-from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
+from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
 
 from .self_audit import self_audit
 

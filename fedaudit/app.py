@@ -61,7 +61,7 @@ class Setup:
     @cached_property
     def data(self) -> Split:
         """Training, test and reference data."""
-        return split(load_dataset(self.config.data), self.config.data, self.config.seed)
+        return split(load_dataset(self.config.data, self.config.seed), self.config.data, self.config.seed)
 
     @cached_property
     def partitions(self) -> list[Tensor]:
@@ -139,7 +139,7 @@ class Setup:
     def context(self, round_number: int) -> RoundContext:
         """What an honest-but-curious server knows of a round."""
         settings, data = self.settings(round_number), self.data
-        reference = (data.reference.x, data.reference.y) if len(data.reference.y) else None
+        reference = (data.reference.x, data.reference.y) if data.reference is not None else None
         plain = settings.optimizer == "sgd" and not settings.momentum and not settings.weight_decay
         return RoundContext(
             round=round_number,

@@ -77,7 +77,9 @@ def load(folder: Path) -> Checkpoint | None:
         tensors = load_file(folder / "arrays.safetensors")
         arrays = ArrayRecord({name: _array(tensors[f"arrays/{name}"]) for name in state["order"]})
         scalars = state["strategy"]
-        values = {p: scalars[p] if p in scalars else tensors[f"strategy/{p}"] for p in state["strategy-order"]}
+        values = {
+            p: scalars[p] if p in scalars else tensors[f"strategy/{p}"] for p in state["strategy-order"]
+        }
         nodes = {int(node): _decode(record) for node, record in state["nodes"].items()}
     except (ValueError, KeyError, OSError) as error:
         raise RecordError(f"{folder} holds no readable checkpoint ({error}): start the run anew") from error

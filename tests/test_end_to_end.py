@@ -42,7 +42,9 @@ def comparable(folder):
 
 def test_two_runs_with_one_seed_have_identical_records(tmp_path):
     for name in ("a", "b"):
-        execute(config(tmp_path, name, **{"defense.name": "dp-sgd(epsilon=8)", "federation.fraction-train": 0.75}))
+        execute(
+            config(tmp_path, name, **{"defense.name": "dp-sgd(epsilon=8)", "federation.fraction-train": 0.75})
+        )
     pd.testing.assert_frame_equal(comparable(tmp_path / "a"), comparable(tmp_path / "b"), check_exact=True)
     weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
@@ -74,7 +76,9 @@ def test_an_interrupted_run_resumes_to_the_records_of_an_uninterrupted_one(tmp_p
         execute(cut)
     assert sorted(load_run(run_folder(cut)).records["round"].unique()) == [0, 1, 2]
     execute(cut.with_(output__resume=True))
-    pd.testing.assert_frame_equal(comparable(tmp_path / "whole"), comparable(tmp_path / "cut"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        comparable(tmp_path / "whole"), comparable(tmp_path / "cut"), check_exact=True
+    )
     assert (tmp_path / "whole/weights.safetensors").read_bytes() == (
         tmp_path / "cut/weights.safetensors"
     ).read_bytes()
@@ -100,7 +104,10 @@ def test_dp_sgd_records_epsilon_within_budget_and_lowers_leakage(tmp_path):
 
 def test_a_client_stops_at_its_budget_and_the_federation_goes_on(tmp_path):
     """A fixed noise spends the budget before the last round; later rounds go on without the client."""
-    changes = {"defense.name": "dp-sgd(epsilon=4, noise-multiplier=0.8, delta=0.001)", "audit.measures": "update-norm"}
+    changes = {
+        "defense.name": "dp-sgd(epsilon=4, noise-multiplier=0.8, delta=0.001)",
+        "audit.measures": "update-norm",
+    }
     run = execute(config(tmp_path, "stop", **changes, **{"federation.rounds": 60, "audit.every": 60}))
     stopped = run.records[run.records["status"] == "rejected"]
     assert len(stopped) and stopped["reason"].str.contains("budget|epsilon").all()
@@ -112,7 +119,12 @@ def test_a_client_stops_at_its_budget_and_the_federation_goes_on(tmp_path):
 def test_the_attack_recovers_an_undefended_single_step_and_the_report_is_written(tmp_path):
     from fedaudit.report.page import write_report
 
-    changes = {"attack.names": "dlg", "attack.save-images": True, "federation.rounds": 1, "audit.measures": ""}
+    changes = {
+        "attack.names": "dlg",
+        "attack.save-images": True,
+        "federation.rounds": 1,
+        "audit.measures": "",
+    }
     run = execute(config(tmp_path, "dlg", **changes, **{"train.batch-size": 1}))
     psnr = run.records[run.records["quantity"] == "dlg.psnr"]
     assert psnr["value"].iloc[0] > 30 and psnr["observer"].iloc[0] == "oracle"

@@ -233,11 +233,11 @@ class DLG:
         local_steps = ctx.steps(update) or 1
         conditions: dict[str, float | int | str | bool] = {
             "labels": self.labels,
-            "batch_size": batch,
-            "local_steps": local_steps,
-            "mode": self.mode,
+            "batch-size": batch,
+            "local-steps": local_steps,
+            "batchnorm-mode": self.mode,
             "restarts": used,
-            "relative_objective": best.relative,
+            "relative-objective": best.relative,
             "converged": best.converged,
         }
         if local_steps > 1:

@@ -27,17 +27,10 @@ from fedaudit.measures.mi_bounds import (
     top1_accuracy,
 )
 from fedaudit.needs import Needs
-from fedaudit.types import ClientUpdate, Estimate, Observer, RoundContext, StepRelease
+from fedaudit.types import ClientUpdate, Estimate, Observer, RoundContext, Skip, StepRelease
 
 MINIMUM_EXAMPLES = 24
 _REFERENCE = 512  # batches that set the level of the scores for Donsker-Varadhan
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Stands where an update's estimate would be, with the reason why there is none."""
-
-    reason: str
 
 
 @dataclass(frozen=True)

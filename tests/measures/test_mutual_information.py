@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedaudit.measures.batch_pools import split_examples
-from fedaudit.measures.mutual_information import MINIMUM_EXAMPLES, MutualInformation, Skip
+from fedaudit.measures.mutual_information import MINIMUM_EXAMPLES, MutualInformation
 from fedaudit.needs import Needs
 from fedaudit.registry import MEASURES
 from fedaudit.spec import parse_spec
-from fedaudit.types import ClientUpdate, Estimate, LocalEvidence, RoundContext, StepRelease
+from fedaudit.types import ClientUpdate, Estimate, LocalEvidence, RoundContext, Skip, StepRelease
 
 FAST = {"steps": 40, "pairs": 32, "permutations": 199}
 
