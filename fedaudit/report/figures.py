@@ -80,7 +80,7 @@ def _client_band(figure: Figure, mine: pd.DataFrame, defense: str, style: Mappin
         line={"width": 0},
         hoverinfo="skip",
         showlegend=False,
-        legendgroup=defense,
+        legendgroup=safe(defense),
     )
     _line(figure, rounds, middle.to_numpy(), defense, style)
 
@@ -98,7 +98,7 @@ def _seed_lines(figure: Figure, mine: pd.DataFrame, defense: str, style: Mapping
                 opacity=0.4,
                 name=f"seed {safe(str(seed))}",
                 showlegend=False,
-                legendgroup=defense,
+                legendgroup=safe(defense),
             )
     mean = by_seed.mean(axis=1)
     _line(figure, mean.index.to_numpy(), mean.to_numpy(), defense, style)
@@ -112,7 +112,7 @@ def _line(figure: Figure, x: Any, y: Any, defense: str, style: Mapping[str, str]
         line={"color": style["colour"], "width": 2.5, "dash": style["dash"]},
         marker={"symbol": style["symbol"], "size": 7},
         name=safe(defense),
-        legendgroup=defense,
+        legendgroup=safe(defense),
     )
 
 
@@ -196,7 +196,7 @@ def utility_against_leakage(
                 textposition=sides[defense],
                 textfont={"size": 12, "color": INK},
                 showlegend=i == 0,
-                legendgroup=defense,
+                legendgroup=safe(defense),
                 name=safe(defense),
                 cliponaxis=False,
                 **place,
@@ -208,7 +208,7 @@ def utility_against_leakage(
                     mode="markers",
                     marker={**mark, "size": 6, "color": "#ffffff", "line": {"color": INK, "width": 1.2}},
                     showlegend=False,
-                    legendgroup=defense,
+                    legendgroup=safe(defense),
                     name=f"{safe(defense)}, single seeds",
                     **place,
                 )
@@ -217,7 +217,7 @@ def utility_against_leakage(
         figure.update_xaxes(**axis, **place)
     title = with_unit(describe(utility).label, unit_of(values[values["quantity"] == utility]))
     figure.update_yaxes(**_padded(base["y"]))
-    figure.update_yaxes(title_text=title, col=1)
+    figure.update_yaxes(title_text=wrap(title, 30), col=1)
     height = 130 + 24 * len(defenses) + 300 * down
     note = "large marks: mean over seeds; small white marks: single seeds; up and to the left is better"
     style_figure(figure, f"{describe(utility).label} against leakage", note, list(defenses), height)

@@ -99,7 +99,11 @@ def _grid(mine: pd.DataFrame, max_rows: int) -> pd.DataFrame:
 
 def _colours(part: pd.DataFrame, quantity: str, wide: bool) -> dict[str, Any]:
     title = with_unit(describe(quantity).label, unit_of(part))
-    bar: dict[str, Any] = {"title": {"text": wrap(title), "side": "top"}, "thickness": 14, "outlinewidth": 0}
+    bar: dict[str, Any] = {
+        "title": {"text": wrap(title), "side": "top", "font": {"size": 12}},
+        "thickness": 14,
+        "outlinewidth": 0,
+    }
     if wide:
         ticks, words = decades(part["value"])
         bar |= {"tickvals": ticks, "ticktext": words}

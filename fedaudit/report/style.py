@@ -70,7 +70,7 @@ def lay_out(
     """Title, observer, kinds, legend and axes of a figure of one quantity."""
     kinds = ", ".join(dict.fromkeys(part["kind"]))
     observers = ", ".join(dict.fromkeys(part["observer"]))
-    note = f"observer: {observers} · {kinds} · {note}"
+    note = f"observer: {safe(observers)} · {safe(kinds)} · {note}"
     style_figure(figure, describe(quantity).label, note, legend, height or 350 + 24 * len(legend))
 
 

@@ -25,6 +25,7 @@ from fedaudit.report.seeds import (
 )
 
 TIME = "round-seconds"
+SHOWN_CLIENTS = 5
 
 
 def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -147,14 +148,21 @@ def problems(runs: Sequence[Run]) -> pd.DataFrame:
     pooled = pool(runs)
     rows = pooled[pooled["status"] != "ok"]
     keys = ["status", "quantity", "observer", "defense", "reason"]
-    table = []
-    for key, part in rows.groupby(keys, dropna=False):
-        ids = [int(client) for client in part["client_id"].dropna().unique()]
-        low, high = int(part["round"].min()), int(part["round"].max())
-        first = ", ".join(map(str, sorted(ids)[:5])) + (", …" if len(ids) > 5 else "")
-        span = str(low) if low == high else f"{low}–{high}"
-        table.append((*key, len(part), len(ids), first, span))
-    frame = pd.DataFrame(table, columns=[*keys, "count", "clients", "first", "rounds"])
+    rounds = rows["round"].astype("int64")
+    groups = rows.assign(low=rounds, high=rounds).groupby(keys, dropna=False)
+    found = groups.agg(
+        count=("run_id", "size"), clients=("client_id", "nunique"), low=("low", "min"), high=("high", "max")
+    )
+    ids = rows[[*keys, "client_id"]].dropna(subset="client_id").drop_duplicates().sort_values("client_id")
+    few = ids[ids.groupby(keys, dropna=False).cumcount() < SHOWN_CLIENTS]
+    written = (
+        few.assign(first=few["client_id"].astype(str)).groupby(keys, dropna=False)["first"].agg(", ".join)
+    )
+    frame = found.join(written).reset_index().fillna({"first": ""})
+    frame.loc[frame["clients"] > SHOWN_CLIENTS, "first"] += ", …"
+    low, high = frame["low"].astype(str), frame["high"].astype(str)
+    frame["rounds"] = low.where(low == high, low + "–" + high)
+    frame = frame[[*keys, "count", "clients", "first", "rounds"]]
     frame = _in_order(frame, defenses_in(runs))
     return frame.sort_values(["status", "count"], ascending=[True, False], kind="stable", ignore_index=True)
 
