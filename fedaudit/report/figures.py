@@ -15,7 +15,6 @@ from fedaudit.report.quantities import describe, with_unit
 from fedaudit.report.style import (
     INK,
     Figure,
-    clip,
     faint,
     is_wide,
     lay_out,
@@ -147,10 +146,10 @@ def by_defense(rows: pd.DataFrame, quantity: str, observer: str, defenses: Seque
         )
     rounds = ", ".join(str(r) for r in sorted(part["round"].unique())[:4])
     note = f"one point per client and seed, bar: median; round {rounds}"
-    lay_out(figure, quantity, part, note, [])
-    words = [wrap(clip(name, 60), 66 // len(names)) for name in names]
-    ticks = {"tickvals": list(range(len(names))), "ticktext": words, "ticks": ""}
-    figure.update_xaxes(**ticks, range=[-0.6, len(names) - 0.4], showgrid=False, automargin=True)
+    named = len(names) <= 3 and max(map(len, names), default=0) <= 30  # else a legend has more room
+    lay_out(figure, quantity, part, note, [] if named else names)
+    ticks = {"tickvals": list(range(len(names))), "ticktext": [safe(n) if named else "" for n in names]}
+    figure.update_xaxes(**ticks, ticks="", range=[-0.6, len(names) - 0.4], showgrid=False)
     label = with_unit(describe(quantity).label, unit_of(part))
     figure.update_yaxes(**value_axis(part["value"], label))
     return figure
@@ -218,7 +217,7 @@ def utility_against_leakage(
     title = with_unit(describe(utility).label, unit_of(values[values["quantity"] == utility]))
     figure.update_yaxes(**_padded(base["y"]))
     figure.update_yaxes(title_text=wrap(title, 30), col=1)
-    height = 130 + 24 * len(defenses) + 300 * down
+    height = 130 + 24 * len(defenses) + 275 * down
     note = "large marks: mean over seeds; small white marks: single seeds; up and to the left is better"
     style_figure(figure, f"{describe(utility).label} against leakage", note, list(defenses), height)
     figure.update_layout(margin_b=85 + 24 * len(defenses))

@@ -115,7 +115,7 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
         "zeroline": False,
         "ticks": "outside",
     }
-    figure.update_xaxes(**axis, title={"standoff": 8, "font": {"size": 13}})
+    figure.update_xaxes(**axis, title={"standoff": 8, "font": {"size": 13}}, automargin=True)
     figure.update_yaxes(**axis, title={"standoff": 10, "font": {"size": 13}}, automargin=True)
 
 

@@ -173,7 +173,7 @@ def test_settings_that_differ_beyond_the_defense_are_announced(tmp_path: Path):
         rows = [record(defense, defense, 1, "accuracy", 0.5)]
         settings = {"train.lr": lr, "defense.name": defense, "model.name": "mlp"}
         runs.append(write_run(tmp_path, defense, defense, 0, rows, config=settings))
-    assert "differ in more than defense and seed: train.lr." in " ".join(notices(runs, runs, []))
+    assert "differ in more than defense and seed: train.lr." in " ".join(notices(runs))
     assert dict(configuration(runs).to_numpy().tolist())["train.lr"] == "0.1 (none); 0.5 (dp-sgd)"
 
 
