@@ -1,10 +1,10 @@
 """What a resumed run needs: global weights, the strategies' state and the clients' ledgers, after each round.
 
-Arrays are safetensors, the rest is JSON; nothing is pickled. Only the last complete round is kept.
+One safetensors file, replaced at once, holds the arrays and, as bytes of a JSON text, the rest. Nothing is
+pickled, and only the last complete round is kept.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedaudit.errors import RecordError
 
+FILE = "state.safetensors"
+_TEXT = "state"
 _SCALARS = (int, float, bool, str)
 
 
@@ -33,32 +36,27 @@ class Checkpoint:
 def save(
     folder: Path, round_number: int, arrays: ArrayRecord, strategy: Strategy, nodes: Mapping[int, RecordDict]
 ) -> None:
-    """Write the state after `round_number` and only then drop the state before it."""
-    tensors = {f"arrays/{name}": array.numpy() for name, array in arrays.items()}
+    """Write the state after `round_number` in place of the state before it."""
     kept = _state(strategy)
-    scalars = {path: value for path, value in kept if not isinstance(value, np.ndarray)}
+    tensors = {f"arrays/{name}": array.numpy() for name, array in arrays.items()}
     tensors |= {f"strategy/{path}": value for path, value in kept if isinstance(value, np.ndarray)}
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(
-        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-        temporary / "arrays.safetensors",
-    )
     state = {
         "round": round_number,
         "order": list(arrays),  # safetensors sorts names, Flower pairs some arrays by position
         "strategy-order": [path for path, _ in kept],
-        "strategy": scalars,
+        "strategy": {path: value for path, value in kept if not isinstance(value, np.ndarray)},
         "nodes": {str(node): _encode(record) for node, record in nodes.items()},
     }
-    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    tensors[_TEXT] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{FILE}.part"
+    write_arrays(temporary, tensors)
+    temporary.replace(folder / FILE)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write arrays, in C order, as a safetensors file; an array of no dimension keeps its shape."""
+    save_file({name: np.require(value, requirements="C") for name, value in arrays.items()}, path)
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -67,21 +65,18 @@ def load(folder: Path) -> Checkpoint | None:
     Raises:
         RecordError: if the checkpoint is damaged.
     """
-    old = folder.with_name(f".{folder.name}.old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)  # the process died between two renames
-    if not (folder / "state.json").is_file():
+    if not (folder / FILE).is_file():
         return None
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "arrays.safetensors")
+        tensors = load_file(folder / FILE)
+        state = json.loads(tensors[_TEXT].tobytes())
         arrays = ArrayRecord({name: _array(tensors[f"arrays/{name}"]) for name in state["order"]})
         scalars = state["strategy"]
         values = {
             p: scalars[p] if p in scalars else tensors[f"strategy/{p}"] for p in state["strategy-order"]
         }
         nodes = {int(node): _decode(record) for node, record in state["nodes"].items()}
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise RecordError(f"{folder} holds no readable checkpoint ({error}): start the run anew") from error
     return Checkpoint(int(state["round"]), arrays, values, nodes)
 
