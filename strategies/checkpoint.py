@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedaudit.errors import RecordError
+from fedaudit.flower.arrays import numpy_arrays
 
 FILE = "state.safetensors"
 _TEXT = "state"
@@ -38,7 +39,7 @@ def save(
 ) -> None:
     """Write the state after `round_number` in place of the state before it."""
     kept = _state(strategy)
-    tensors = {f"arrays/{name}": array.numpy() for name, array in arrays.items()}
+    tensors = {f"arrays/{name}": values for name, values in numpy_arrays(arrays).items()}
     tensors |= {f"strategy/{path}": value for path, value in kept if isinstance(value, np.ndarray)}
     state = {
         "round": round_number,

@@ -12,7 +12,7 @@ from fedaudit.app import Setup, describe, run_folder, setup
 from fedaudit.auditor import Auditor
 from fedaudit.config import ints
 from fedaudit.errors import ConfigError, RunFailedError
-from fedaudit.flower.arrays import from_state_dict, to_state_dict
+from fedaudit.flower.arrays import copy_into, from_state_dict, numpy_arrays
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.progress import announce
 from fedaudit.simulation.in_process import InProcessGrid
@@ -111,7 +111,7 @@ def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folde
         evaluate_fn=after_round,
     )
     final = result.arrays if len(result.arrays) else arrays
-    checkpoint.write_arrays(folder / "weights.safetensors", {k: v.numpy() for k, v in final.items()})
+    checkpoint.write_arrays(folder / "weights.safetensors", numpy_arrays(final))
 
 
 def meet(grid: Grid, expected: int) -> dict[int, int]:
@@ -175,7 +175,7 @@ def _resume(
 
 def _evaluate(made: Setup, arrays: ArrayRecord) -> tuple[float, float]:
     model = made.worker_model()
-    model.load_state_dict(to_state_dict(arrays))
+    copy_into(model.state_dict(), arrays)
     test = made.data.test
     return evaluate(model, test.x.to(made.device), test.y.to(made.device))
 

@@ -20,6 +20,8 @@ import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
+from fedaudit.simulation.flower_internals import replace_values
+
 _MAGIC = b"\x93NUMPY\x01\x00"
 _PREFIX = len(_MAGIC) + 2  # magic, version, two bytes of header length
 _LONGEST_HEADER = 10_000  # numpy.load refuses longer ones
@@ -114,8 +116,7 @@ def from_state_dict(state_dict: Mapping[str, torch.Tensor]) -> ArrayRecord:
     True
     """
     record = ArrayRecord()
-    for key, tensor in state_dict.items():
-        record[key] = encode(tensor.detach().cpu().numpy())
+    replace_values(record, {key: encode(tensor.detach().cpu().numpy()) for key, tensor in state_dict.items()})
     return record
 
 
@@ -133,9 +134,17 @@ def to_state_dict(record: ArrayRecord) -> "OrderedDict[str, torch.Tensor]":
     """
     state_dict: OrderedDict[str, torch.Tensor] = OrderedDict()
     for key, array in record.items():
-        fast = array if isinstance(array, Array) else Array.view(array)
-        state_dict[key] = torch.from_numpy(fast.numpy())
+        state_dict[key] = torch.from_numpy(_fast(array).numpy())
     return state_dict
+
+
+def numpy_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """The values of `record` as numpy arrays of their own.
+
+    >>> numpy_arrays(from_state_dict({"w": torch.ones(2)}))["w"]
+    array([1., 1.], dtype=float32)
+    """
+    return {key: _fast(array).numpy() for key, array in record.items()}
 
 
 def copy_into(state_dict: Mapping[str, torch.Tensor], record: ArrayRecord) -> None:
@@ -159,8 +168,7 @@ def copy_into(state_dict: Mapping[str, torch.Tensor], record: ArrayRecord) -> No
             "send the weights of this model"
         )
     for key, tensor in state_dict.items():
-        array = record[key]
-        values = (array if isinstance(array, Array) else Array.view(array)).read()
+        values = _fast(record[key]).read()
         if values.shape != tensor.shape:
             raise ValueError(
                 f"an array keeps its shape, got {values.shape} for {tuple(tensor.shape)} in {key!r}: "
@@ -171,6 +179,10 @@ def copy_into(state_dict: Mapping[str, torch.Tensor], record: ArrayRecord) -> No
             np.copyto(target.numpy(), values)  # torch would first copy what it may not write to
         else:
             target.copy_(torch.from_numpy(values.copy()))
+
+
+def _fast(array: flwr.app.Array) -> Array:
+    return array if isinstance(array, Array) else Array.view(array)
 
 
 @lru_cache(maxsize=4096)

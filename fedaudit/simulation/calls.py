@@ -1,6 +1,7 @@
 """One call of a ClientApp, the same in every engine: what the client gets, and what it may give back."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -16,7 +17,7 @@ def isolated(content: RecordDict) -> RecordDict:
     Flower's strategies put one `RecordDict` into every message of a round, and mods change what they receive;
     Flower's engines hide this by serialising. The arrays' payloads are immutable bytes and are shared.
     """
-    own = RecordDict()
+    own: dict[str, Any] = {}
     for key, record in content.items():
         copied = record.copy()
         if isinstance(record, ArrayRecord):
@@ -24,7 +25,9 @@ def isolated(content: RecordDict) -> RecordDict:
         elif lists := {name: list(value) for name, value in record.items() if isinstance(value, list)}:
             replace_values(copied, lists)
         own[key] = copied
-    return own
+    records = RecordDict()
+    replace_values(records, own)
+    return records
 
 
 def call(app: ClientApp, message: Message, context: Context) -> Message:
