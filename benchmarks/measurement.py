@@ -17,6 +17,8 @@ from fedaudit.config import RunConfig
 from fedaudit.progress import Event, listen
 
 RESULTS = Path(__file__).parent / "results"
+BUSY = 1.5  # load average of one benchmark alone is about 1
+NOTE = "other work shared the machine: wall times are noisy, CPU times less so; run again when it is quiet"
 _VERSIONS = ("torch", "flwr", "ray", "numpy", "pyarrow")
 
 
@@ -105,7 +107,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _VERSIONS},
         "torch-threads": torch.get_num_threads(),
-        "load-average-1-5-15-min": [round(value, 2) for value in os.getloadavg()],
+        "omp-num-threads": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "load-average-at-the-end": [round(value, 2) for value in os.getloadavg()],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
@@ -122,7 +125,10 @@ def keep(name: str, results: Mapping[str, Any], output: Path | None = None) -> P
     """Write results beside the machine's description as JSON, print them, and return the file."""
     path = output or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"benchmark": name, "machine": machine(), **results}, indent=2)
+    described = machine()
+    if described["load-average-at-the-end"][0] > BUSY:
+        described["note"] = NOTE
+    text = json.dumps({"benchmark": name, "machine": described, **results}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
     print(text)
     return path
