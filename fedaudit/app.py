@@ -66,7 +66,8 @@ class Setup:
     @cached_property
     def partitions(self) -> list[Tensor]:
         """Indices of each client's examples in the training data."""
-        found = partition(self.config.data.partitioner, self.data.train.y, self.clients, self.config.seed)
+        labels = self.data.train.y.numpy()
+        found = partition(self.config.data.partitioner, labels, self.clients, self.config.seed)
         return [torch.as_tensor(indices, dtype=torch.int64) for indices in found]
 
     def client_data(self, client: int) -> tuple[Tensor, Tensor]:
@@ -269,7 +270,7 @@ def describe(config: RunConfig, folder: Path) -> None:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    run = {
+    run: dict[str, Any] = {
         "name": folder.name,
         "defense": config.defense.name,
         "seed": config.seed,

@@ -33,7 +33,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation the run-config describes."""
-    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))  # type: ignore[arg-type]
+    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))
     made = setup(context.run_config, len(client_ids))
     config = made.config
     simulated = type(grid).__name__ in SIMULATION_GRIDS
