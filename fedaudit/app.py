@@ -291,7 +291,7 @@ def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [
             "",
             f"[{name}]",
-            *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()),
+            *(f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()),
         ]
     return "\n".join(lines) + "\n"
 
