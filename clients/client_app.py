@@ -1,16 +1,16 @@
-"""The reference ClientApp: train locally under the run's defense, measure oneself if asked, send the update."""
+"""The reference ClientApp: train locally under the run's defense, measure oneself if asked, answer."""
 
 from typing import Any
 
 import torch
-from fedaudit.accounting import Ledger
-from fedaudit.flower.arrays import from_state_dict, to_state_dict
-from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
+from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
 
 from .self_audit import self_audit
 
@@ -22,16 +22,15 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     made, client = _whoami(context)
-    config: ConfigRecord = message.content["config"]
-    round_number = int(config["server-round"])  # type: ignore[arg-type]
-    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))  # type: ignore[arg-type]
+    config: dict[str, Any] = dict(message.content.config_records["config"].items())
+    round_number = int(config["server-round"])
+    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     steps = steps_per_round(len(y), settings)
     release = made.release(len(y))
     ledger = made.defense.charge(_ledger(context), release, steps, len(y))
 
-    arrays: ArrayRecord = message.content["arrays"]
-    before = to_state_dict(arrays)
+    before = to_state_dict(message.content.array_records["arrays"])
     model = made.worker_model()
     model.load_state_dict(before)
     noise = torch.Generator(device=made.device)
@@ -60,7 +59,9 @@ def train(message: Message, context: Context) -> Message:
         }
     for name, finding, seconds in self_audit(made, client, round_number, before, after):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
-    metrics = {"num-examples": len(y), "train-loss": result.loss}
+    metrics: dict[str, float | int] = {"num-examples": len(y)}
+    if guarantee is None:  # the loss is a function of the data that no noise protects
+        metrics["train-loss"] = result.loss
     return reply(message, from_state_dict(after), metrics, beside)
 
 
@@ -69,7 +70,7 @@ def test(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global weights on the client's own examples."""
     made, client = _whoami(context)
     model = made.worker_model()
-    model.load_state_dict(to_state_dict(message.content["arrays"]))
+    model.load_state_dict(to_state_dict(message.content.array_records["arrays"]))
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     loss, accuracy = evaluate(model, x, y)
     metrics = MetricRecord({"num-examples": len(y), "loss": loss, "accuracy": accuracy})
@@ -79,7 +80,7 @@ def test(message: Message, context: Context) -> Message:
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which partition this node holds, and of how many."""
-    place = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
+    place: dict[str, Any] = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
     return Message(RecordDict({"whoami": MetricRecord(place)}), reply_to=message)
 
 

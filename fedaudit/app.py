@@ -61,12 +61,13 @@ class Setup:
     @cached_property
     def data(self) -> Split:
         """Training, test and reference data."""
-        return split(load_dataset(self.config.data), self.config.data, self.config.seed)
+        return split(load_dataset(self.config.data, self.config.seed), self.config.data, self.config.seed)
 
     @cached_property
     def partitions(self) -> list[Tensor]:
         """Indices of each client's examples in the training data."""
-        found = partition(self.config.data.partitioner, self.data.train.y, self.clients, self.config.seed)
+        labels = self.data.train.y.numpy()
+        found = partition(self.config.data.partitioner, labels, self.clients, self.config.seed)
         return [torch.as_tensor(indices, dtype=torch.int64) for indices in found]
 
     def client_data(self, client: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ class Setup:
     def context(self, round_number: int) -> RoundContext:
         """What an honest-but-curious server knows of a round."""
         settings, data = self.settings(round_number), self.data
-        reference = (data.reference.x, data.reference.y) if len(data.reference.y) else None
+        reference = (data.reference.x, data.reference.y) if data.reference is not None else None
         plain = settings.optimizer == "sgd" and not settings.momentum and not settings.weight_decay
         return RoundContext(
             round=round_number,
@@ -273,7 +274,7 @@ def describe(config: RunConfig, folder: Path) -> None:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    run = {
+    run: dict[str, Any] = {
         "name": folder.name,
         "defense": config.defense.name,
         "seed": config.seed,

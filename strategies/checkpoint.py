@@ -35,12 +35,9 @@ def save(
 ) -> None:
     """Write the state after `round_number` and only then drop the state before it."""
     tensors = {f"arrays/{name}": array.numpy() for name, array in arrays.items()}
-    scalars: dict[str, Any] = {}
-    for path, value in _state(strategy):
-        if isinstance(value, np.ndarray):
-            tensors[f"strategy/{path}"] = value
-        else:
-            scalars[path] = value
+    kept = _state(strategy)
+    scalars = {path: value for path, value in kept if not isinstance(value, np.ndarray)}
+    tensors |= {f"strategy/{path}": value for path, value in kept if isinstance(value, np.ndarray)}
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -50,7 +47,8 @@ def save(
     )
     state = {
         "round": round_number,
-        "order": list(arrays),
+        "order": list(arrays),  # safetensors sorts names, Flower pairs some arrays by position
+        "strategy-order": [path for path, _ in kept],
         "strategy": scalars,
         "nodes": {str(node): _encode(record) for node, record in nodes.items()},
     }
@@ -78,8 +76,10 @@ def load(folder: Path) -> Checkpoint | None:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "arrays.safetensors")
         arrays = ArrayRecord({name: _array(tensors[f"arrays/{name}"]) for name in state["order"]})
-        values = dict(state["strategy"])
-        values |= {k.removeprefix("strategy/"): v for k, v in tensors.items() if k.startswith("strategy/")}
+        scalars = state["strategy"]
+        values = {
+            p: scalars[p] if p in scalars else tensors[f"strategy/{p}"] for p in state["strategy-order"]
+        }
         nodes = {int(node): _decode(record) for node, record in state["nodes"].items()}
     except (ValueError, KeyError, OSError) as error:
         raise RecordError(f"{folder} holds no readable checkpoint ({error}): start the run anew") from error

@@ -9,10 +9,11 @@ import random
 from collections.abc import Iterable
 
 import numpy as np
-from fedaudit.training import client_seed
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+
+from fedaudit.training import client_seed
 
 SAMPLING, NOISE = -1, -2
 

@@ -6,9 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from fedaudit.flower.arrays import from_state_dict, to_state_dict
-from fedaudit.simulation.in_process import InProcessGrid
-from fedaudit.training import evaluate
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save_file
@@ -17,8 +14,11 @@ from fedaudit.app import Setup, describe, run_folder, setup
 from fedaudit.auditor import Auditor
 from fedaudit.config import ints
 from fedaudit.errors import ConfigError, RunFailedError
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.progress import announce
+from fedaudit.simulation.in_process import InProcessGrid
+from fedaudit.training import evaluate
 
 from . import checkpoint
 from .flower_strategies import build_strategy
@@ -33,14 +33,14 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation the run-config describes."""
-    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))  # type: ignore[arg-type]
+    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))
     made = setup(context.run_config, len(client_ids))
     config = made.config
     engine = ENGINES.get(type(grid).__name__, "deployment")
     simulated = engine != "deployment"
     if "oracle" in config.audit.observer_names and not simulated:
         raise ConfigError(
-            "the observer 'oracle' exists in simulation only, got a deployment: take it out of audit.observers"
+            "the observer 'oracle' exists in simulation only, got a deployment: drop it from audit.observers"
         )
     folder = run_folder(config)
     if engine != "in-process" and not config.output.resume and any((folder / "audit").glob("round-*")):

@@ -14,13 +14,17 @@ from fedaudit.types import ClientUpdate, Estimate, Guarantee, RoundContext, Skip
 
 def update(client: int, scale: float = 1.0) -> ClientUpdate:
     delta = {"w": torch.arange(1.0, 4.0) * scale}
-    return ClientUpdate(client, 1, {"w": torch.zeros(3)}, delta, 10, {"train-loss": 0.5}, node_id=100 + client)
+    return ClientUpdate(
+        client, 1, {"w": torch.zeros(3)}, delta, 10, {"train-loss": 0.5}, node_id=100 + client
+    )
 
 
 class Wants:
     name, unit, scope, observers = "wants", "1", "client", ("server",)
 
-    def __init__(self, needs=Needs.NOTHING, answer=lambda updates: [Estimate(1.0, "1", "exact")] * len(updates)):
+    def __init__(
+        self, needs=Needs.NOTHING, answer=lambda updates: [Estimate(1.0, "1", "exact")] * len(updates)
+    ):
         self._needs, self._answer = needs, answer
 
     def needs(self, observer):
@@ -81,7 +85,9 @@ def test_epsilon_travels_with_delta_unit_and_accountant():
 
 def test_rejections_and_client_findings_become_rows():
     found = ClientFinding(0, 100, "mine", Estimate(0.25, "nats", "estimate", extra={"ridge": 0.1}), 0.5)
-    records = Auditor(None, "", observers=("client",)).audit(1, [update(0)], [Rejection(1, 101, "NaN")], [found])
+    records = Auditor(None, "", observers=("client",)).audit(
+        1, [update(0)], [Rejection(1, 101, "NaN")], [found]
+    )
     mine, bad = rows_of(records, "mine")[0], rows_of(records, "update")[0]
     assert (mine.observer, mine.value, json.loads(mine.extra)) == ("client", 0.25, {"ridge": 0.1})
     assert (bad.status, bad.reason, bad.node_id) == ("rejected", "NaN", 101)

@@ -17,11 +17,13 @@ def rich_table(comparison: pd.DataFrame, title: str = "Comparison of defenses") 
     """
     text = comparison_text(comparison)
     table = Table(title=escape(title), caption=INTERVALS, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("", style="bold", no_wrap=False)
+    table.add_column("", style="bold")
     for defense in text["Defense"]:
         table.add_column(escape(str(defense)), justify="right", overflow="fold")
     for heading in text.columns[1:]:
         table.add_row(escape(str(heading)), *(escape(str(cell)) for cell in text[heading]))
+    if not len(text):
+        table.add_row("There are no runs to compare.")
     return table
 
 

@@ -99,5 +99,5 @@ def _quiet_flower() -> Iterator[None]:
 
 
 def _is_no_repetition(record: logging.LogRecord) -> bool:
-    """Flower's engine prints the traceback of a failed client up to four times; the engines here log it once."""
+    """Flower's engine prints the traceback of a failed client up to four times; it is logged here, once."""
     return record.module not in ("vce_api", "raybackend", "run_simulation")

@@ -231,7 +231,7 @@ def test_updates_are_differences_by_name_of_float_entries(tmp_path):
     update = next(update for update in seen if update.num_examples == 12)  # partition 2
     noise = np.random.default_rng([2, 1]).normal(size=(4, 3)).astype(np.float32)
     start = initial()["w"].numpy()
-    assert set(update.delta) == {"w", "scale"} 
+    assert set(update.delta) == {"w", "scale"}
     torch.testing.assert_close(update.delta["w"], torch.from_numpy((start + noise) - start))
 
 

@@ -1,9 +1,13 @@
 """Flower's own strategies on the in-process grid, against their formulas."""
 
 import logging
+import random
 
 import numpy as np
 import pytest
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
@@ -12,6 +16,7 @@ from flwr.serverapp.strategy import (
     Krum,
 )
 
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.simulation.in_process import InProcessGrid
 from tests.simulation.apps import client_app, initial
 
@@ -30,13 +35,58 @@ def weights_after(strategy, rounds=1, workers=1):
 
 @pytest.fixture(autouse=True)
 def quiet():
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    flower = logging.getLogger("flwr")
+    before = flower.level
+    flower.setLevel(logging.ERROR)
+    yield
+    flower.setLevel(before)
 
 
 def test_fedavg_moves_by_the_mean_of_the_clients():
     w, b = weights_after(FedAvg(**ALL), rounds=3)
     np.testing.assert_allclose(w, 3 * MOVES.mean(), rtol=1e-6)
     np.testing.assert_allclose(b, 0.5 + 3 * MOVES.mean(), rtol=1e-6)
+
+
+def test_a_federation_is_bit_for_bit_the_loop_written_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(10, 8, 5, generator=generator), torch.randn(10, 8, 1, generator=generator)
+    start = {"weight": torch.randn(1, 5, generator=generator), "bias": torch.zeros(1)}
+    model = torch.nn.Linear(5, 1)
+
+    def trained(weights, client):
+        model.load_state_dict(weights)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x[client]), y[client]).backward()
+            optimizer.step()
+        return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+    by_hand = start
+    sampling = random.Random(7)
+    for _ in range(4):
+        updates = [trained(by_hand, client) for client in sampling.sample(range(10), 4)]
+        by_hand = {key: sum(update[key] * 0.25 for update in updates) for key in start}
+
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        weights = to_state_dict(message.content["arrays"])
+        content = {
+            "arrays": from_state_dict(trained(weights, context.node_config["partition-id"])),
+            "metrics": MetricRecord({"num-examples": 8}),
+        }
+        return Message(RecordDict(content), reply_to=message)
+
+    random.seed(7)
+    with InProcessGrid(app, 10) as grid:
+        strategy = FedAvg(fraction_train=0.4, fraction_evaluate=0.0, min_available_nodes=10)
+        result = strategy.start(grid, from_state_dict(start), num_rounds=4)
+    federated = to_state_dict(result.arrays)
+    assert list(federated) == ["weight", "bias"]
+    assert all(torch.equal(federated[key], by_hand[key]) for key in by_hand)
 
 
 def test_fedmedian_moves_by_the_median_of_the_clients():

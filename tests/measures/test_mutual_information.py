@@ -1,0 +1,260 @@
+"""Nats that a protected gradient gives about its batch: planted cases whose answer is known."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedaudit.measures.batch_pools import split_examples
+from fedaudit.measures.mutual_information import MINIMUM_EXAMPLES, MutualInformation
+from fedaudit.needs import Needs
+from fedaudit.registry import MEASURES
+from fedaudit.spec import parse_spec
+from fedaudit.types import ClientUpdate, Estimate, LocalEvidence, RoundContext, Skip, StepRelease
+
+FAST = {"steps": 40, "pairs": 32, "permutations": 199}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def build_linear() -> nn.Module:
+    return nn.Linear(12, 3)
+
+
+def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(outputs, labels, reduction="sum")
+
+
+def sum_of_outputs(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Its gradient for a weight row is the input itself: the gradient IS the batch's sum."""
+    return outputs.sum()
+
+
+WEIGHTS = {
+    "weight": 0.3 * torch.randn(3, 12, generator=seeded(0)),
+    "bias": torch.zeros(3),
+}
+
+
+def update(client: int, weights: dict[str, Tensor] | None = None) -> ClientUpdate:
+    return ClientUpdate(client, 1, WEIGHTS if weights is None else weights, {}, 60)
+
+
+def examples(client: int, n: int = 60) -> tuple[Tensor, Tensor]:
+    generator = seeded(100 + client)
+    return torch.randn(n, 12, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def oracle(
+    noise: float | Sequence[float] = 0.0,
+    *,
+    sizes: Sequence[int] | None = None,
+    clip_norm: float | None = 1.0,
+    seed: int = 0,
+    batch: int | None = 4,
+    used_loss=loss,
+) -> RoundContext:
+    def evidence(u: ClientUpdate) -> LocalEvidence:
+        x, y = examples(u.client_id, 60 if sizes is None else sizes[u.client_id])
+        std = noise if isinstance(noise, (int, float)) else noise[u.client_id]
+        return LocalEvidence(x, y, StepRelease(clip_norm, float(std), 4 / 60))
+
+    return RoundContext(
+        round=1,
+        build_model=build_linear,
+        loss=used_loss,
+        batch_size=batch,
+        num_classes=3,
+        evidence=evidence,
+        observer="oracle",
+        seed=seed,
+    )
+
+
+def measured(ctx: RoundContext, clients: int = 3, **options: int | float | bool) -> list[Estimate]:
+    results = MutualInformation(**{**FAST, **options})([update(i) for i in range(clients)], ctx)
+    assert all(isinstance(result, Estimate) for result in results)
+    return [result for result in results if isinstance(result, Estimate)]
+
+
+def test_a_bare_gradient_identifies_its_batch_up_to_the_ceiling() -> None:
+    for estimate in measured(oracle(0.0)):
+        assert estimate.extra["ceiling"] == pytest.approx(math.log(64))
+        assert math.log(64) - 0.01 < estimate.value <= math.log(64) + 1e-9
+        assert estimate.extra["top-1"] == 1.0
+        assert estimate.extra["p-value"] == 1 / 200
+        assert estimate.unit == "nats"
+        assert estimate.kind == "estimate"
+
+
+def test_a_critic_that_must_learn_the_gradient_finds_the_planted_batch_sum() -> None:
+    ctx = oracle(0.1, clip_norm=None, used_loss=sum_of_outputs)
+    for estimate in measured(ctx, informed=False, steps=200, pairs=64, lr=1e-2):
+        assert estimate.value > 0.75 * math.log(64)
+        assert estimate.extra["p-value"] == 1 / 200
+
+
+def test_huge_noise_leaves_nothing_to_find() -> None:
+    estimates = measured(oracle(100.0), clients=10)
+    p = torch.tensor([float(e.extra["p-value"]) for e in estimates])
+    assert int((p <= 0.05).sum()) <= 3  # P[Bin(10, 0.05) > 3] = 0.001
+    for estimate in estimates:
+        assert abs(estimate.value) < 0.1
+        assert estimate.low is not None
+        assert estimate.high is not None
+        assert estimate.low - 0.05 < 0 < estimate.high + 0.05
+        assert float(estimate.extra["gaussian-channel"]) < 0.01
+
+
+def test_more_noise_gives_less_information_for_every_client() -> None:
+    by_noise = [[e.value for e in measured(oracle(noise))] for noise in (0.05, 0.5, 2.0)]
+    for little, some, much in zip(*by_noise, strict=True):
+        assert little > some + 0.3
+        assert some > much + 0.3
+
+
+def test_the_value_is_near_the_known_likelihood_and_below_the_gaussian_channel() -> None:
+    for estimate in measured(oracle(0.5)):
+        likelihood = float(estimate.extra["known-likelihood"])
+        assert estimate.value > likelihood - 0.15
+        assert estimate.high is not None
+        assert estimate.low is not None
+        # terms of the value spread as the interval does: half its width is about two standard errors
+        assert estimate.value - (estimate.high - estimate.low) < float(estimate.extra["gaussian-channel"])
+
+
+def test_no_example_serves_two_purposes() -> None:
+    for n in (MINIMUM_EXAMPLES, 61, 400):
+        parts = split_examples(n, 256, seeded(n))
+        joined = torch.cat(parts)
+        assert len(joined.unique()) == len(joined) == min(n, 256)
+        assert min(len(part) for part in parts) >= 4
+
+
+def test_the_critic_and_its_scales_do_not_see_held_out_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedaudit.measures.mutual_information as module
+
+    seen: list[Tensor] = []
+    original = module.train_critic
+
+    def spying(train, validation, **options):  # type: ignore[no-untyped-def]
+        seen.append(torch.cat([pool.features for pool in train + validation]))
+        return original(train, validation, **options)
+
+    monkeypatch.setattr(module, "train_critic", spying)
+    held_out = split_examples(60, 256, module._generator(oracle(), "split", 0))[2]
+
+    def changed(u: ClientUpdate) -> LocalEvidence:
+        x, y = examples(u.client_id)
+        x = x.clone()
+        x[held_out] = 7.0 * torch.rand(len(held_out), 12, generator=seeded(5))
+        return LocalEvidence(x, y, StepRelease(1.0, 0.5, 4 / 60))
+
+    ctx = oracle(0.5)
+    measured(ctx, clients=1)
+    measured(RoundContext(**{**vars(ctx), "evidence": changed}), clients=1)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
+    first, again, other = (measured(oracle(0.5, seed=seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert [e.value for e in first] != [e.value for e in other]
+
+
+def test_measuring_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    measured(oracle(0.5), clients=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_another_clients_noise_hardly_moves_a_clients_value() -> None:
+    alike = measured(oracle([0.5, 0.5, 0.5]))[0]
+    mixed = measured(oracle([0.5, 20.0, 20.0]))[0]
+    assert mixed.extra["known-likelihood"] == pytest.approx(alike.extra["known-likelihood"], abs=1e-6)
+    assert mixed.value == pytest.approx(alike.value, abs=0.15)
+
+
+def test_updates_from_other_weights_are_measured_at_their_own_weights() -> None:
+    other = {name: 2 * value for name, value in WEIGHTS.items()}
+    measure = MutualInformation(**FAST)
+    mixed = measure([update(0), update(1, other), update(2)], oracle(0.5))
+    assert mixed[1] == measure([update(1, other)], oracle(0.5))[0]
+    equal_copy = {name: value.clone() for name, value in WEIGHTS.items()}
+    assert measure([update(0), update(2, equal_copy)], oracle(0.5)) == [mixed[0], mixed[2]]
+
+
+def test_a_client_with_too_few_examples_is_skipped_and_the_others_are_measured() -> None:
+    results = MutualInformation(**FAST)([update(0), update(1)], oracle(0.5, sizes=[60, 10]))
+    assert isinstance(results[0], Estimate)
+    assert isinstance(results[1], Skip)
+    assert "at least 24 examples to split, got 10" in results[1].reason
+
+
+def test_only_small_clients_are_an_error_that_names_the_number() -> None:
+    with pytest.raises(ValueError, match="at least 24 examples to split, got 9"):
+        MutualInformation(**FAST)([update(0)], oracle(0.5, sizes=[9]))
+
+
+def test_the_smallest_client_is_measured_with_the_batches_it_can_form() -> None:
+    small = measured(oracle(0.5, sizes=[MINIMUM_EXAMPLES], batch=32), clients=1)[0]
+    assert small.extra["examples-held-out"] == 9
+    assert small.extra["batch"] == 4  # half the held-out examples
+    single = measured(oracle(0.5, sizes=[MINIMUM_EXAMPLES], batch=1), clients=1)[0]
+    assert single.extra["ceiling"] == pytest.approx(math.log(9))
+
+
+def test_the_batch_size_follows_the_sample_rate_where_it_is_not_agreed() -> None:
+    assert measured(oracle(0.5, batch=None), clients=1)[0].extra["batch"] == 4
+
+
+def server(stds: Sequence[float]) -> RoundContext:
+    def no_evidence(u: ClientUpdate) -> LocalEvidence:
+        raise AssertionError("a server has no client's examples")
+
+    return RoundContext(
+        round=1,
+        build_model=build_linear,
+        loss=loss,
+        lr=0.1,
+        local_steps=1,
+        batch_size=4,
+        num_classes=3,
+        reference=examples(50, 80),
+        release=lambda u: StepRelease(1.0, stds[u.client_id], 0.1),
+        evidence=no_evidence,
+        observer="server",
+    )
+
+
+def test_a_server_measures_its_reference_once_per_distinct_release() -> None:
+    first, second, third = measured(server([0.3, 2.0, 0.3]))
+    assert first == third
+    assert first.value > second.value + 0.5
+    assert first.extra["examples-of"] == "reference"
+
+
+@pytest.mark.parametrize("observer", ["client", "oracle", "server"])
+def test_each_observer_states_what_it_needs(observer: str) -> None:
+    measure = MutualInformation()
+    needs = measure.needs(observer)  # type: ignore[arg-type]
+    expected = Needs.EVIDENCE | Needs.MODEL
+    if observer == "server":
+        expected = Needs.REFERENCE | Needs.MODEL | Needs.RELEASE | Needs.TRAINING
+    assert needs == expected
+    assert observer in measure.observers
+
+
+def test_options_are_written_in_the_spec_and_checked() -> None:
+    built = MEASURES.build(parse_spec("mutual-information(candidates=16, dims=8)"))
+    assert built == MutualInformation(candidates=16, dims=8)
+    with pytest.raises(ValueError, match="candidates must be at least 2, got 1"):
+        MutualInformation(candidates=1)
+    with pytest.raises(ValueError, match="lr must be positive"):
+        MutualInformation(lr=0.0)
