@@ -44,9 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         )
     folder = run_folder(config)
     if engine != "in-process" and not config.output.resume and any((folder / "audit").glob("round-*")):
-        raise ConfigError(
-            f"a run keeps a folder of its own, got {folder} which holds one: set output.name"
-        )
+        raise ConfigError(f"a run keeps a folder of its own, got {folder} which holds one: set output.name")
     if not (folder / "run.toml").exists():  # Flower started the run, and decided how many nodes there are
         describe(config.with_(federation__engine=engine, federation__clients=len(client_ids)), folder)
     federation = config.federation

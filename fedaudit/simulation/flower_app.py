@@ -46,8 +46,8 @@ def write_app(folder: Path) -> Path:
                 "work in a checkout or install the wheel again"
             )
     ignored = shutil.ignore_patterns("_app", "__pycache__")
-    for part in (package, source / "strategies", source / "clients"):
-        shutil.copytree(part, folder / part.name, ignore=ignored)
+    for copied in (package, source / "strategies", source / "clients"):
+        shutil.copytree(copied, folder / copied.name, ignore=ignored)
     text = _PYPROJECT.format(version=fedaudit.__version__, defaults=flat_toml(RunConfig().flat()))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     return folder
