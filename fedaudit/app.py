@@ -239,8 +239,12 @@ def execute(config: RunConfig) -> Run:
     check(config)
     folder = run_folder(config)
     describe(config, folder)
-    server_app, client_app = reference_app()
     federation = config.federation
+    if federation.engine == "deployment":
+        from fedaudit.simulation.loopback import run_on_loopback
+
+        return run_on_loopback(config, folder, federation.clients)
+    server_app, client_app = reference_app()
     started = time.perf_counter()
     try:
         run_federation(

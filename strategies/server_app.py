@@ -25,7 +25,7 @@ from .flower_strategies import build_strategy
 from .rounds import SeededRounds
 
 logger = logging.getLogger(__name__)
-SIMULATION_GRIDS = ("InProcessGrid", "InMemoryGrid")
+ENGINES = {"InProcessGrid": "in-process", "InMemoryGrid": "ray"}  # any other grid is a deployment
 WAIT_SECONDS = 600
 app = ServerApp()
 
@@ -36,14 +36,17 @@ def main(grid: Grid, context: Context) -> None:
     client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))
     made = setup(context.run_config, len(client_ids))
     config = made.config
-    simulated = type(grid).__name__ in SIMULATION_GRIDS
+    engine = ENGINES.get(type(grid).__name__, "deployment")
+    simulated = engine != "deployment"
     if "oracle" in config.audit.observer_names and not simulated:
         raise ConfigError(
             "the observer 'oracle' exists in simulation only, got a deployment: drop it from audit.observers"
         )
     folder = run_folder(config)
-    if not (folder / "run.toml").exists():
-        describe(config, folder)
+    if engine != "in-process" and not config.output.resume and any((folder / "audit").glob("round-*")):
+        raise ConfigError(f"a run keeps a folder of its own, got {folder} which holds one: set output.name")
+    if not (folder / "run.toml").exists():  # Flower started the run, and decided how many nodes there are
+        describe(config.with_(federation__engine=engine, federation__clients=len(client_ids)), folder)
     federation = config.federation
     auditor = Auditor(
         folder,
