@@ -1,13 +1,14 @@
-"""The reference ClientApp: train locally under the defense in force, measure oneself if asked, send the update."""
+"""The reference ClientApp: train locally under the defense, measure oneself if asked, send the update."""
 
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
+from fedaudit.errors import ConfigError
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
 from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
@@ -22,7 +23,7 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     made, client = _whoami(context)
-    config: ConfigRecord = message.content["config"]
+    config = message.content.config_records["config"]
     round_number = int(config["server-round"])  # type: ignore[arg-type]
     settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))  # type: ignore[arg-type]
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
@@ -30,8 +31,7 @@ def train(message: Message, context: Context) -> Message:
     release = made.release(len(y))
     ledger = made.defense.charge(_ledger(context), release, steps, len(y))
 
-    arrays: ArrayRecord = message.content["arrays"]
-    before = to_state_dict(arrays)
+    before = to_state_dict(message.content.array_records["arrays"])
     model = made.worker_model()
     model.load_state_dict(before)
     noise = torch.Generator(device=made.device)
@@ -69,7 +69,7 @@ def test(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global weights on the client's own examples."""
     made, client = _whoami(context)
     model = made.worker_model()
-    model.load_state_dict(to_state_dict(message.content["arrays"]))
+    model.load_state_dict(to_state_dict(message.content.array_records["arrays"]))
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     loss, accuracy = evaluate(model, x, y)
     metrics = MetricRecord({"num-examples": len(y), "loss": loss, "accuracy": accuracy})
@@ -79,13 +79,31 @@ def test(message: Message, context: Context) -> Message:
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which partition this node holds, and of how many."""
-    place = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
-    return Message(RecordDict({"whoami": MetricRecord(place)}), reply_to=message)
+    client, clients = _place(context)
+    place = MetricRecord({"partition-id": client, "num-partitions": clients})
+    return Message(RecordDict({"whoami": place}), reply_to=message)
 
 
 def _whoami(context: Context) -> tuple[Setup, int]:
-    made = setup(context.run_config, int(context.node_config["num-partitions"]))
-    return made, int(context.node_config["partition-id"])
+    client, clients = _place(context)
+    return setup(context.run_config, clients), client
+
+
+def _place(context: Context) -> tuple[int, int]:
+    """This node's partition and how many there are, as its operator wrote them."""
+    try:
+        client, clients = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"a node's --node-config holds the whole numbers partition-id and num-partitions, "
+            f"got {dict(context.node_config)}: set both"
+        ) from error
+    if not 0 <= client < clients:
+        raise ConfigError(
+            f"partition-id is a number from 0 to num-partitions - 1 = {clients - 1}, "
+            f"got {client}: correct the node's --node-config"
+        )
+    return client, clients
 
 
 def _ledger(context: Context) -> Ledger:

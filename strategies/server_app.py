@@ -4,11 +4,10 @@ import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from safetensors.numpy import save_file
 
 from fedaudit.app import Setup, describe, run_folder, setup
 from fedaudit.auditor import Auditor
@@ -17,8 +16,10 @@ from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.progress import announce
+from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
+from fedaudit.types import Observer
 
 from . import checkpoint
 from .flower_strategies import build_strategy
@@ -33,7 +34,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation the run-config describes."""
-    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))  # type: ignore[arg-type]
+    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))
     made = setup(context.run_config, len(client_ids))
     config = made.config
     simulated = type(grid).__name__ in SIMULATION_GRIDS
@@ -49,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         folder,
         config.audit.measures,
         context=made.context,
-        observers=config.audit.observer_names,
+        observers=cast(tuple[Observer, ...], config.audit.observer_names),
         oracle=made if simulated else None,
         attacks=config.attack.names,
         attack_rounds=ints(config.attack.rounds),
@@ -109,14 +110,14 @@ def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folde
         evaluate_fn=after_round,
     )
     final = result.arrays if len(result.arrays) else arrays
-    save_file({k: np.ascontiguousarray(v.numpy()) for k, v in final.items()}, folder / "weights.safetensors")
+    checkpoint.write_arrays(folder / "weights.safetensors", {k: v.numpy() for k, v in final.items()})
 
 
 def meet(grid: Grid, expected: int) -> dict[int, int]:
     """Node id to partition id of every node, once as many are there as they say there are partitions.
 
     Raises:
-        RunFailedError: if nodes do not answer or two of them hold one partition.
+        RunFailedError: if nodes do not answer, do not know their partition, or two of them hold one.
     """
     deadline = time.monotonic() + WAIT_SECONDS
     found: dict[int, int] = {}
@@ -146,7 +147,12 @@ def _ask(grid: Grid, nodes: Iterable[int]) -> dict[int, int]:
     found: dict[int, int] = {}
     for message in grid.send_and_receive(messages, timeout=60):
         if message.has_error():
-            logger.warning("a node did not say who it is: %s", message.error.reason)
+            node, reason = message.metadata.src_node_id, message.error.reason
+            if message.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:  # waiting does not mend it
+                raise RunFailedError(
+                    f"each node must say which partition it holds, node {node} failed: {reason}"
+                )
+            logger.warning("node %d did not say which partition it holds: %s", node, reason)
             continue
         place = message.content["whoami"]
         found[message.metadata.src_node_id] = int(place["partition-id"])  # type: ignore[arg-type]

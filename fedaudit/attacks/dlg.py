@@ -128,7 +128,7 @@ def match_gradient(
         and not (len(trace) > _PATIENCE and trace[-1] > (1 - _PROGRESS) * trace[-1 - _PATIENCE])
     ):
         optimizer.param_groups[0]["max_iter"] = min(_CHUNK, iterations - steps)
-        optimizer.step(closure)  # type: ignore[arg-type]  # closures may return tensors
+        optimizer.step(closure)  # type: ignore[no-untyped-call, arg-type, unused-ignore]
         steps += min(_CHUNK, iterations - steps)
         trace.append(look())
         if trace[-1] < best and bool(torch.isfinite(x).all()):
