@@ -90,12 +90,17 @@ class Watch(AbstractContextManager["Watch"]):
             if record.status != "ok" and kind not in self._told:
                 self._told.add(kind)
                 who = "" if record.client_id is None else f" of client {record.client_id}"
-                yield f"{record.quantity}{who} {record.status}: {record.reason}"
+                yield f"{record.quantity}{who} {record.status}: {_short(record.reason)}"
 
     def _show(self, bar: str, event: Event, label: str | None = None) -> None:
         self._progress.update(
             self._bars[bar], completed=event.done, total=event.total or None, description=label or bar
         )
+
+
+def _short(reason: str) -> str:
+    """In one line, and of a client's exception its own text without the names Flower wraps around it."""
+    return " ".join(reason.rpartition("occurred. Message: ")[2].removesuffix("'>").split())
 
 
 @contextmanager
