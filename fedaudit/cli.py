@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedaudit.config import RunConfig
     from fedaudit.records import Run
 
+INTERRUPTED = 130  # what Typer makes of Ctrl-C; other versions raise Abort
 Engine = Literal["in-process", "ray"]
 Kind = Literal[
     "measures", "attacks", "defenses", "datasets", "partitioners", "models", "strategies", "presets"
@@ -174,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"{error.format_message()} See 'fedaudit --help'.", 2)
     except OSError as error:  # a folder or file the user named; those of a run are failed runs
         return _stop(f"a file or folder cannot be used: {error}", 2)
-    except (typer.Abort, KeyboardInterrupt):  # Ctrl-C outside a run; click makes an Abort of it
+    except (typer.Abort, KeyboardInterrupt):
+        return _stop("interrupted", 1)
+    if result == INTERRUPTED:
         return _stop("interrupted", 1)
     return result if isinstance(result, int) else 0
 

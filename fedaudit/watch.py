@@ -51,7 +51,9 @@ class Watch(AbstractContextManager["Watch"]):
                 TimeElapsedColumn(),
             )
             self._progress = self._stack.enter_context(
-                Progress(*columns, console=self.console, transient=True)
+                Progress(
+                    *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+                )
             )
             for name in ("rounds", "clients", "audit"):
                 self._bars[name] = self._progress.add_task(name, total=None)

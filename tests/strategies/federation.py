@@ -12,11 +12,8 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    partition, number = (
-        int(context.node_config["partition-id"]),
-        int(message.content["config"]["server-round"]),
-    )
-    draws = np.random.default_rng([partition, number])
+    partition = int(context.node_config["partition-id"])
+    draws = np.random.default_rng([partition, int(message.content["config"]["server-round"])])
     arrays = {
         name: Array(np.asarray(array.numpy() + draws.normal(size=array.shape).astype(np.float32)))
         for name, array in message.content["arrays"].items()

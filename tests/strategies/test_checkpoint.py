@@ -22,7 +22,6 @@ STATEFUL = [
     "FedYogi",
     "FedAdagrad",
     "FedAvgM(server-momentum=0.9)",
-    "QFedAvg(client-learning-rate=0.1)",
     ADAPTIVE.format("FedAvg"),
     ADAPTIVE.format("FedAdam"),
 ]
@@ -58,7 +57,7 @@ def test_a_restored_strategy_continues_bit_for_bit(text, tmp_path):
         assert rest[name].numpy().tobytes() == whole[name].numpy().tobytes(), name
 
 
-@pytest.mark.parametrize("text", STATEFUL[1:5] + STATEFUL[6:])
+@pytest.mark.parametrize("text", STATEFUL[1:])
 def test_a_strategy_that_is_not_restored_ends_elsewhere(text, tmp_path):
     """Otherwise the test above would say nothing about the strategy's state."""
     whole = run(audited(text), rounds=5)
@@ -125,10 +124,9 @@ def test_client_states_come_back(tmp_path):
 
 
 def test_a_client_state_with_arrays_is_refused(tmp_path):
+    nodes = {5: RecordDict({"weights": initial()})}
     with pytest.raises(RecordError, match="holds metrics and settings, got ArrayRecord in 'weights'"):
-        checkpoint.save(
-            tmp_path / "c", 1, initial(), strategy("FedAvg"), {5: RecordDict({"weights": initial()})}
-        )
+        checkpoint.save(tmp_path / "c", 1, initial(), strategy("FedAvg"), nodes)
 
 
 def test_only_the_last_round_is_kept(tmp_path):
@@ -190,5 +188,5 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_a_record_error(damage, tmp_path):
     small(tmp_path / "c")
     DAMAGE[damage](tmp_path / "c")
-    with pytest.raises(RecordError, match="holds no readable checkpoint .*: start the run anew"):
+    with pytest.raises(RecordError, match=r"holds no readable checkpoint .*: start the run anew"):
         checkpoint.load(tmp_path / "c")

@@ -1,5 +1,6 @@
 """Every strategy of Flower's that can be named can be run, and the others say why not."""
 
+import gc
 import logging
 
 import numpy as np
@@ -21,6 +22,13 @@ NEEDED = {
 }
 
 
+@pytest.fixture
+def no_garbage_collection(monkeypatch):
+    """Some strategies collect garbage for every reply, which costs seconds where torch is loaded."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("name", strategy_names())
 def test_every_named_strategy_aggregates_a_round(name):
     built = strategy(NEEDED.get(name, name))
@@ -69,10 +77,8 @@ def test_what_cannot_be_built_is_a_configuration_error(text, message):
 
 
 def test_a_wrapper_takes_its_inner_strategy_by_name_and_the_number_of_sampled_clients():
-    wrapped = strategy(
-        "DifferentialPrivacyServerSideFixedClipping(noise-multiplier=1, clipping-norm=2, inner=FedMedian)",
-        0.6,
-    )
+    options = "noise-multiplier=1, clipping-norm=2, inner=FedMedian"
+    wrapped = strategy(f"DifferentialPrivacyServerSideFixedClipping({options})", fraction_train=0.6)
     assert type(wrapped.strategy) is flower.FedMedian
     assert (wrapped.clipping_norm, wrapped.num_sampled_clients) == (2.0, 4)  # floor(0.6 * 7)
     assert wrapped.strategy.min_train_nodes == 4 and wrapped.strategy.min_available_nodes == N

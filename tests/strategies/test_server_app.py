@@ -47,9 +47,7 @@ def test_a_node_that_does_not_know_its_partition_is_refused_at_once():
 
     with (
         Misconfigured(reference_client, 2, seed=1) as grid,
-        pytest.raises(
-            RunFailedError, match="partition-id is a number from 0 to num-partitions - 1 = 1, got 7"
-        ),
+        pytest.raises(RunFailedError, match=r"partition-id is a number from 0 .* = 1, got 7"),
     ):
         server_app.meet(grid, 2)
 
