@@ -296,8 +296,12 @@ def execute(config: RunConfig) -> Run:
     check(config)
     folder = run_folder(config)
     describe(config, folder)
-    server_app, client_app = reference_app()
     federation = config.federation
+    if federation.engine == "deployment":
+        from fedaudit.simulation.loopback import run_on_loopback
+
+        return run_on_loopback(config, folder, federation.clients)
+    server_app, client_app = reference_app()
     started = time.perf_counter()
     try:
         run_federation(
@@ -327,7 +331,7 @@ def describe(config: RunConfig, folder: Path) -> None:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    run = {
+    run: dict[str, Any] = {
         "name": folder.name,
         "defense": config.defense.name,
         "seed": config.seed,
@@ -348,7 +352,7 @@ def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [
             "",
             f"[{name}]",
-            *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()),
+            *(f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()),
         ]
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -19,14 +18,13 @@ from fedaudit.progress import announce
 from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
-from fedaudit.types import Observer
 
 from . import checkpoint
 from .flower_strategies import build_strategy
 from .rounds import SeededRounds
 
 logger = logging.getLogger(__name__)
-SIMULATION_GRIDS = ("InProcessGrid", "InMemoryGrid")
+ENGINES = {"InProcessGrid": "in-process", "InMemoryGrid": "ray"}  # any other grid is a deployment
 WAIT_SECONDS = 600
 app = ServerApp()
 
@@ -37,20 +35,23 @@ def main(grid: Grid, context: Context) -> None:
     client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))
     made = setup(context.run_config, len(client_ids))
     config = made.config
-    simulated = type(grid).__name__ in SIMULATION_GRIDS
+    engine = ENGINES.get(type(grid).__name__, "deployment")
+    simulated = engine != "deployment"
     if "oracle" in config.audit.observer_names and not simulated:
         raise ConfigError(
             "the observer 'oracle' exists in simulation only, got a deployment: drop it from audit.observers"
         )
     folder = run_folder(config)
-    if not (folder / "run.toml").exists():
-        describe(config, folder)
+    if engine != "in-process" and not config.output.resume and any((folder / "audit").glob("round-*")):
+        raise ConfigError(f"a run keeps a folder of its own, got {folder} which holds one: set output.name")
+    if not (folder / "run.toml").exists():  # Flower started the run, and decided how many nodes there are
+        describe(config.with_(federation__engine=engine, federation__clients=len(client_ids)), folder)
     federation = config.federation
     auditor = Auditor(
         folder,
         config.audit.measures,
         context=made.context,
-        observers=cast(tuple[Observer, ...], config.audit.observer_names),
+        observers=config.audit.observer_names,
         oracle=made if simulated else None,
         attacks=config.attack.names,
         attack_rounds=ints(config.attack.rounds),

@@ -176,7 +176,7 @@ COMMANDS = {
     "no such option": (["run", "small.toml", "--fast"], "No such option '--fast'"),
     "no such engine": (["run", "small.toml", "--engine", "mpi"], "'mpi' is not one of 'in-process', 'ray'"),
     "missing argument": (["compare"], "Missing argument 'CONFIG'"),
-    "output is a file": (["run", "small.toml", "--output", "broken.toml"], "a file or folder cannot be used: "),
+    "output is a file": (["run", "small.toml", "--output", "broken.toml"], "a file or folder cannot be used"),
 }  # fmt: skip
 
 

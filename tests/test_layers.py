@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = """errors types needs spec registry config records progress vision resnet __version__
-measures attacks canaries defenses data models accounting
+LAYERS = """errors types needs spec registry config records progress vision opacus_parts resnet __version__
+accounting
+measures attacks canaries defenses data models
 auditor report training
 flower simulation
 app cli watch __main__ __init__

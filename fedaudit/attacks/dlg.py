@@ -22,6 +22,7 @@ _PATIENCE = 2  # chunks over which the objective must fall by at least _PROGRESS
 _PROGRESS = 0.01
 _SCALE = 1e4  # L-BFGS forgets steps with s.y < 1e-10: keep the optimised objective well above that
 _DUMMIES = 64  # inputs that estimate the mean softmax for the label counts
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ def match_gradient(
     x0: Tensor,
     y0: Tensor,
     *,
-    iterations: int = 4000,
+    iterations: int = 3000,
     history: int = 100,
     tolerance: float = 1e-9,
     deadline: float = math.inf,
@@ -128,8 +129,8 @@ def match_gradient(
         and not (len(trace) > _PATIENCE and trace[-1] > (1 - _PROGRESS) * trace[-1 - _PATIENCE])
     ):
         optimizer.param_groups[0]["max_iter"] = min(_CHUNK, iterations - steps)
-        optimizer.step(closure)  # type: ignore[no-untyped-call, arg-type, unused-ignore]
-        steps += min(_CHUNK, iterations - steps)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        steps = int(optimizer.state[x]["n_iter"])
         trace.append(look())
         if trace[-1] < best and bool(torch.isfinite(x).all()):
             best, best_x, best_y = trace[-1], x.detach().clone(), y.detach().clone()
@@ -156,24 +157,26 @@ class DLG:
     Differs from Zhu et al.: line search, precision and start, as said above and in `match_gradient`.
 
     Attributes:
-        restarts: most starts; later ones are skipped once one has converged.
+        restarts: most starts; later ones are skipped once one has reached `accept`.
         iterations: most L-BFGS iterations per start.
         labels: "joint" optimises soft labels with the inputs; "idlg" derives them first from the head's
             gradient: exactly for one example, and for a batch through estimated label counts.
         history: steps that L-BFGS remembers.
         spread: standard deviation of the start, relative to the value range.
-        tolerance: relative objective at which a start has converged.
+        tolerance: relative objective at which a start has converged and stops.
+        accept: relative objective below which no further start is made. Wrong minima end well above 1e-6.
         mode: "train" or "eval": how normalisation layers ran in the client; dropout is always off.
         seconds: time budget per update over all restarts; 0 is no limit. With a limit the result depends
             on the machine's speed.
     """
 
     restarts: int = 2
-    iterations: int = 4000
+    iterations: int = 3000
     labels: Literal["joint", "idlg"] = "joint"
     history: int = 100
     spread: float = 0.01
     tolerance: float = 1e-9
+    accept: float = 1e-6
     mode: Literal["train", "eval"] = "train"
     seconds: float = 0.0
 
@@ -207,11 +210,17 @@ class DLG:
         model = _broadcast_model(update, ctx.build_model(), self.mode).to(ctx.device)
         gradient = update.gradient(ctx)
         generator = torch.Generator().manual_seed(ctx.seed)
-        fixed = self._fixed_labels(model, gradient, batch, ctx, generator)
+        fixed = (
+            _labels_from_head(model, gradient, (batch, *ctx.input_shape), ctx.num_classes, ctx)
+            if self.labels == "idlg"
+            else None
+        )
         best: Match | None = None
         steps = used = 0
-        while used < self.restarts and (best is None or not (best.converged or time.monotonic() > deadline)):
-            x0, logits = self._start(batch, ctx, generator)
+        while used < self.restarts and (
+            best is None or not (best.relative <= self.accept or time.monotonic() > deadline)
+        ):
+            x0, logits = self._start((batch, *ctx.input_shape), ctx.num_classes, ctx, generator)
             y0 = logits if fixed is None else fixed
             found = match_gradient(
                 model,
@@ -244,44 +253,44 @@ class DLG:
             conditions["warning"] = "single-gradient attack on a multi-step update: not expected to work"
         return Reconstruction(best.x.cpu().to(torch.float32), best.y.cpu(), best.objective, steps, conditions)
 
-    def _start(self, batch: int, ctx: RoundContext, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs around the middle of the value range, and label logits around zero."""
-        assert ctx.input_shape is not None and ctx.num_classes is not None
+    def _start(
+        self, shape: tuple[int, ...], num_classes: int, ctx: RoundContext, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs (B, *input_shape) around the middle of the value range, and label logits around zero."""
         low, high = ctx.value_range
-        noise = torch.randn(batch, *ctx.input_shape, generator=generator, dtype=torch.float64)
-        logits = torch.randn(batch, ctx.num_classes, generator=generator, dtype=torch.float64)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        logits = torch.randn(shape[0], num_classes, generator=generator, dtype=torch.float64)
         return (low + high) / 2 + self.spread * (high - low) * noise, 0.1 * logits
 
-    def _fixed_labels(
-        self,
-        model: nn.Module,
-        gradient: Mapping[str, Tensor],
-        batch: int,
-        ctx: RoundContext,
-        generator: torch.Generator,
-    ) -> Tensor | None:
-        """The labels (B,) that the head's gradient gives away; None if they are to be optimised."""
-        if self.labels == "joint":
-            return None
-        assert ctx.input_shape is not None
-        name = [name for name, _ in model.named_parameters()][-1]
-        head = gradient.get(name)
-        if head is None or head.dim() not in (1, 2) or len(head) != ctx.num_classes:
-            raise ValueError(
-                f"labels=idlg needs the head ({ctx.num_classes} classes) as the model's last parameter, got "
-                f"{name!r} of shape {None if head is None else tuple(head.shape)}: use labels=joint"
-            )
-        if batch == 1:
-            label = idlg_label(head) if head.dim() == 1 else idlg_label(weight_gradient=head)
-            return torch.tensor([label])
-        if head.dim() == 2:
-            raise ValueError("labels=idlg for a batch needs a head with a bias, got none: use labels=joint")
-        low, high = ctx.value_range
-        dummies = low + (high - low) * torch.rand(_DUMMIES, *ctx.input_shape, generator=generator)
-        with torch.no_grad():
-            mean_softmax = copy.deepcopy(model)(dummies.to(ctx.device)).softmax(dim=-1).mean(dim=0)
-        counts = label_counts(head, mean_softmax.to(head.device), batch)
-        return torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
+
+def _labels_from_head(
+    model: nn.Module,
+    gradient: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    num_classes: int,
+    ctx: RoundContext,
+) -> Tensor:
+    """The labels (B,) that the gradient of the head, the model's last parameter, gives away."""
+    name = [name for name, _ in model.named_parameters()][-1]
+    head = gradient.get(name)
+    if head is None or head.dim() not in (1, 2) or len(head) != num_classes:
+        raise ValueError(
+            f"labels=idlg needs the head ({num_classes} classes) as the model's last parameter, got "
+            f"{name!r} of shape {None if head is None else tuple(head.shape)}: use labels=joint"
+        )
+    batch = shape[0]
+    if batch == 1:
+        label = idlg_label(head) if head.dim() == 1 else idlg_label(weight_gradient=head)
+        return torch.tensor([label])
+    if head.dim() == 2:
+        raise ValueError("labels=idlg for a batch needs a head with a bias, got none: use labels=joint")
+    low, high = ctx.value_range
+    generator = torch.Generator().manual_seed(ctx.seed)
+    dummies = low + (high - low) * torch.rand(_DUMMIES, *shape[1:], generator=generator)
+    with torch.no_grad():
+        mean_softmax = copy.deepcopy(model)(dummies.to(ctx.device)).softmax(dim=-1).mean(dim=0)
+    counts = label_counts(head, mean_softmax.to(head.device), batch)
+    return torch.repeat_interleave(torch.arange(num_classes), counts.cpu())
 
 
 def _broadcast_model(update: ClientUpdate, model: nn.Module, mode: str) -> nn.Module:
@@ -289,7 +298,7 @@ def _broadcast_model(update: ClientUpdate, model: nn.Module, mode: str) -> nn.Mo
     model.load_state_dict({name: value.detach().clone() for name, value in update.before.items()})
     model.train(mode == "train")
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, _DROPOUTS):
             module.eval()
     return model
 

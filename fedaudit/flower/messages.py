@@ -155,7 +155,7 @@ def _examples(metrics: MetricRecord, weight_key: str) -> int:
 
 
 def _reported(content: RecordDict, metrics: MetricRecord) -> dict[str, float]:
-    scalars: dict[str, object] = dict(metrics.items())
+    scalars: dict[str, Any] = dict(metrics.items())
     if AUDIT_RECORD in content.config_records:
         scalars.update(content.config_records[AUDIT_RECORD].items())
     return {

@@ -166,7 +166,7 @@ def _as_failure(asked: Message, reason: str) -> Message:
 def _guarantee(beside: Mapping[str, Any]) -> Guarantee | None:
     if "epsilon" not in beside:
         return None
-    unit: Literal["example", "client"] = "client" if beside["privacy-unit"] == "client" else "example"
+    unit: Literal["client", "example"] = "client" if beside["privacy-unit"] == "client" else "example"
     return Guarantee(float(beside["epsilon"]), float(beside["delta"]), unit, str(beside["accountant"]))
 
 

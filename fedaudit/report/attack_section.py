@@ -9,6 +9,7 @@ import pandas as pd
 from fedaudit.errors import RecordError
 from fedaudit.records import Run
 from fedaudit.report.display import count, number
+from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.images import Recorded, picture, read_recorded, recorded_files
 from fedaudit.report.markup import bullets, mapping, paragraph, table, text
 from fedaudit.report.quantities import describe
@@ -25,10 +26,10 @@ CONDITIONS_NOTE = (
 )
 
 
-def attack_section(runs: Sequence[Run]) -> str:
+def attack_section(runs: Runs) -> str:
     """Conditions and grids of all attacks; empty if no attack was run."""
     conditions = attack_conditions(runs)
-    grids, notes = _grids(runs)
+    grids, notes = _grids(gather(runs).runs)
     if not len(conditions) and not grids and not notes:
         return ""
     parts = [paragraph(CONDITIONS_NOTE, "quiet")]
@@ -44,7 +45,7 @@ def attack_section(runs: Sequence[Run]) -> str:
     return "\n".join(parts)
 
 
-def attack_conditions(runs: Sequence[Run]) -> pd.DataFrame:
+def attack_conditions(runs: Runs) -> pd.DataFrame:
     """One row per attack and defense: how many updates were attacked and under which conditions."""
     found = settings(runs)
     found = found[[describe(name).role == "attack" for name in found["quantity"]]]

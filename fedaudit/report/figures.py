@@ -15,7 +15,6 @@ from fedaudit.report.quantities import describe, with_unit
 from fedaudit.report.style import (
     INK,
     Figure,
-    clip,
     faint,
     is_wide,
     lay_out,
@@ -80,7 +79,7 @@ def _client_band(figure: Figure, mine: pd.DataFrame, defense: str, style: Mappin
         line={"width": 0},
         hoverinfo="skip",
         showlegend=False,
-        legendgroup=defense,
+        legendgroup=safe(defense),
     )
     _line(figure, rounds, middle.to_numpy(), defense, style)
 
@@ -98,7 +97,7 @@ def _seed_lines(figure: Figure, mine: pd.DataFrame, defense: str, style: Mapping
                 opacity=0.4,
                 name=f"seed {safe(str(seed))}",
                 showlegend=False,
-                legendgroup=defense,
+                legendgroup=safe(defense),
             )
     mean = by_seed.mean(axis=1)
     _line(figure, mean.index.to_numpy(), mean.to_numpy(), defense, style)
@@ -112,7 +111,7 @@ def _line(figure: Figure, x: Any, y: Any, defense: str, style: Mapping[str, str]
         line={"color": style["colour"], "width": 2.5, "dash": style["dash"]},
         marker={"symbol": style["symbol"], "size": 7},
         name=safe(defense),
-        legendgroup=defense,
+        legendgroup=safe(defense),
     )
 
 
@@ -147,10 +146,10 @@ def by_defense(rows: pd.DataFrame, quantity: str, observer: str, defenses: Seque
         )
     rounds = ", ".join(str(r) for r in sorted(part["round"].unique())[:4])
     note = f"one point per client and seed, bar: median; round {rounds}"
-    lay_out(figure, quantity, part, note, [])
-    words = [wrap(clip(name, 60), 66 // len(names)) for name in names]
-    ticks = {"tickvals": list(range(len(names))), "ticktext": words, "ticks": ""}
-    figure.update_xaxes(**ticks, range=[-0.6, len(names) - 0.4], showgrid=False, automargin=True)
+    named = len(names) <= 3 and max(map(len, names), default=0) <= 30  # else a legend has more room
+    lay_out(figure, quantity, part, note, [] if named else names)
+    ticks = {"tickvals": list(range(len(names))), "ticktext": [safe(n) if named else "" for n in names]}
+    figure.update_xaxes(**ticks, ticks="", range=[-0.6, len(names) - 0.4], showgrid=False)
     label = with_unit(describe(quantity).label, unit_of(part))
     figure.update_yaxes(**value_axis(part["value"], label))
     return figure
@@ -196,7 +195,7 @@ def utility_against_leakage(
                 textposition=sides[defense],
                 textfont={"size": 12, "color": INK},
                 showlegend=i == 0,
-                legendgroup=defense,
+                legendgroup=safe(defense),
                 name=safe(defense),
                 cliponaxis=False,
                 **place,
@@ -208,7 +207,7 @@ def utility_against_leakage(
                     mode="markers",
                     marker={**mark, "size": 6, "color": "#ffffff", "line": {"color": INK, "width": 1.2}},
                     showlegend=False,
-                    legendgroup=defense,
+                    legendgroup=safe(defense),
                     name=f"{safe(defense)}, single seeds",
                     **place,
                 )
@@ -217,8 +216,8 @@ def utility_against_leakage(
         figure.update_xaxes(**axis, **place)
     title = with_unit(describe(utility).label, unit_of(values[values["quantity"] == utility]))
     figure.update_yaxes(**_padded(base["y"]))
-    figure.update_yaxes(title_text=title, col=1)
-    height = 130 + 24 * len(defenses) + 300 * down
+    figure.update_yaxes(title_text=wrap(title, 30), col=1)
+    height = 130 + 24 * len(defenses) + 265 * down
     note = "large marks: mean over seeds; small white marks: single seeds; up and to the left is better"
     style_figure(figure, f"{describe(utility).label} against leakage", note, list(defenses), height)
     figure.update_layout(margin_b=85 + 24 * len(defenses))

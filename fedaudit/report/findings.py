@@ -1,19 +1,19 @@
 """The key findings as sentences, every word of judgement decided by the numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 
-from fedaudit.records import Run
 from fedaudit.report.display import count, headline, interval, listing, number, plus_minus, signed
-from fedaudit.report.guarantees import NO_GUARANTEE, worst_epsilon
+from fedaudit.report.evidence import Runs, gather
+from fedaudit.report.guarantees import NO_GUARANTEE, WorstEpsilon
 from fedaudit.report.quantities import describe
-from fedaudit.report.seeds import defenses_in, distinct_runs, numbers, pool, quantities_in, shown_observer
+from fedaudit.report.seeds import quantities_in, shown_observer
 from fedaudit.report.tables import comparison_table, paired_differences
 
 
-def findings(runs: Sequence[Run], baseline: str | None = None) -> list[str]:
+def findings(runs: Runs, baseline: str | None = None) -> list[str]:
     """What these runs show, one sentence or two each, as plain text.
 
     Whether a defense "lowers" a quantity is said only if the interval of the paired difference excludes
@@ -23,31 +23,27 @@ def findings(runs: Sequence[Run], baseline: str | None = None) -> list[str]:
         runs: runs that differ by defense and seed.
         baseline: the defense to compare with; "none" if it is there, else the first.
     """
-    kept, _ = distinct_runs(runs)
-    pooled = pool(kept)
-    rows = numbers(pooled)
-    if not len(pooled):
+    evidence = gather(runs)
+    rows = evidence.rows
+    if not len(evidence.pooled):
         return ["The runs hold no records yet."]
-    table = comparison_table(kept)
-    reference = baseline or baseline_of(kept)
-    sentences = [*_accuracies(table)]
-    differences = paired_differences(kept, reference)
+    table = comparison_table(evidence)
+    differences = paired_differences(evidence, baseline or evidence.baseline)
+    sentences = []
+    if not (differences["quantity"] == "accuracy").any():
+        sentences += _accuracies(table)
     for quantity in headline(table):
         observer = shown_observer(rows, quantity)
         part = differences[(differences["quantity"] == quantity) & (differences["observer"] == observer)]
-        sentences += [_difference(row) for _, row in part.iterrows()]
+        if len(part):
+            sentences.append(_difference(part.iloc[0]) if len(part) == 1 else _differences(part))
     if not len(differences):
         sentences += _levels(table)
     sentences += _exposed(rows)
     sentences += _attacks(rows)
-    sentences += _guarantees(pooled, defenses_in(kept))
-    sentences += _complete(pooled)
+    sentences += _guarantees(evidence.guarantees)
+    sentences += _complete(evidence.pooled)
     return sentences
-
-
-def baseline_of(runs: Sequence[Run]) -> str:
-    """The defense the others are compared with: "none" if it is there, else the first; "" without runs."""
-    return next(iter(defenses_in(runs)), "")
 
 
 def reading(difference: float, half_width: float, seeds: int) -> str:
@@ -109,6 +105,30 @@ def _difference(row: pd.Series) -> str:
     )
 
 
+def _differences(part: pd.DataFrame) -> str:
+    """One quantity under several defenses, and which of them do not protect by it."""
+    first = part.iloc[0]
+    known = describe(first["quantity"])
+    unit = "" if first["unit"] in ("1", "") else f" {first['unit']}"
+    name = known.label if known.role == "utility" else f"{known.label} ({first['observer']})"
+    told: list[str] = []
+    failing: list[str] = []
+    for _, row in part.iterrows():
+        verdict = reading(row["difference"], row["half_width"], int(row["seeds"]))
+        words = f"{signed(row['difference'])}, {_ends(row)}: {verdict}"
+        if not told:
+            words = f"{signed(row['difference'])} paired by seed, 95 % interval {_ends(row)}: {verdict}"
+        if math.isnan(row["low"]):
+            words = f"{signed(row['difference'])}, {verdict}"
+        told.append(f"{number(row['defense_mean'])} under {row['defense']} ({words})")
+        favourable = "higher" if known.wanted > 0 else "lower"
+        if known.role in ("leakage", "attack") and known.wanted and not verdict.startswith(favourable):
+            failing.append(str(row["defense"]))
+    tail = f" Not shown to protect by this measure: {listing(failing)}." if failing else ""
+    start = f"{name}: {number(first['baseline_mean'])}{unit} under {first['baseline']}"
+    return f"{start}; {'; '.join(told)}.{tail}"
+
+
 def _ends(row: pd.Series) -> str:
     return interval(row["low"], row["high"])
 
@@ -136,49 +156,53 @@ def _exposed(rows: pd.DataFrame) -> list[str]:
         return []
     observer = shown_observer(own, names[0])
     part = own[(own["quantity"] == names[0]) & (own["observer"] == observer)]
-    sentences = []
+    unit = "" if part["unit"].iloc[0] == "1" else f" {part['unit'].iloc[0]}"
+    told = []
     for defense, mine in part.groupby("defense", sort=False):
         means = mine.groupby(["seed", "client_id"])["value"].mean()
-        if len(means) < 3:
-            continue
-        seed, client = means.index[int(means.to_numpy().argmax())]
-        unit = "" if mine["unit"].iloc[0] == "1" else f" {mine['unit'].iloc[0]}"
-        sentences.append(
-            f"Most exposed under {defense} by {_lower(describe(names[0]).label)} ({observer}): client "
-            f"{client} of seed {seed} with {number(means.max())}{unit}; the median client has "
-            f"{number(means.median())}{unit}."
-        )
-    return sentences
+        if len(means) >= 3:
+            seed, client = means.index[int(means.to_numpy().argmax())]
+            middle = number(means.median())
+            told.append(
+                f"under {defense} client {client} of seed {seed} with {number(means.max())}{unit} "
+                f"(median client: {middle}{unit})"
+            )
+    label = _lower(describe(names[0]).label)
+    return [f"Most exposed by {label} ({observer}), mean over rounds: {'; '.join(told)}."] if told else []
 
 
 def _attacks(rows: pd.DataFrame) -> list[str]:
     sentences = []
     scores = rows[rows["quantity"].str.endswith(".psnr")]
-    for (quantity, defense), mine in scores.groupby(["quantity", "defense"], sort=False):
-        best = mine.iloc[int(mine["value"].to_numpy().argmax())]
+    for quantity, part in scores.groupby("quantity", sort=False):
+        told = []
+        for defense, mine in part.groupby("defense", sort=False):
+            best = mine.iloc[int(mine["value"].to_numpy().argmax())]
+            whose = "" if pd.isna(best["client_id"]) else f"client {best['client_id']}, "
+            told.append(
+                f"{number(best['value'])} dB under {defense} ({whose}round {best['round']}, "
+                f"seed {best['seed']}; {count(len(mine), 'attacked update')})"
+            )
         attack = str(quantity).removesuffix(".psnr").upper()
-        whose = "" if pd.isna(best["client_id"]) else f"client {best['client_id']}, "
-        sentences.append(
-            f"The best {attack} reconstruction under {defense} reached {number(best['value'])} dB ({whose}"
-            f"round {best['round']}, seed {best['seed']}; {count(len(mine), 'attacked update')})."
-        )
+        sentences.append(f"Best {attack} reconstruction: {'; '.join(told)}.")
     return sentences
 
 
-def _guarantees(pooled: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
-    without, sentences = [], []
-    for defense in defenses:
-        worst = worst_epsilon(pooled[pooled["defense"] == defense])
+def _guarantees(guarantees: Mapping[str, WorstEpsilon]) -> list[str]:
+    without, told, sentences = [], [], []
+    for defense, worst in guarantees.items():
         if worst.epsilon is None:
             without.append(defense)
         elif math.isinf(worst.epsilon):
             sentences.append(f"{defense} has {worst}: some client trained without noise.")
         else:
-            whose = "the worst client" if worst.client_id is None else f"the worst client ({worst.client_id})"
-            sentences.append(
-                f"Formal guarantee of {defense} for {whose}: ε = {worst}. It limits what any adversary can "
-                "learn about one unit's presence; the measured numbers are about the adversaries stated."
-            )
+            whose = "" if worst.client_id is None else f", client {worst.client_id}"
+            told.append(f"{defense}: ε = {worst}{whose}")
+    if told:
+        sentences.append(
+            f"Formal guarantee of the worst client: {'; '.join(told)}. It limits what any adversary can "
+            "learn about one unit's presence; the measured numbers are about the adversaries stated."
+        )
     if without:
         sentences.append(f"{listing(without)}: {NO_GUARANTEE}, whatever the measured leakage.")
     return sentences

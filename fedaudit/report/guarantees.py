@@ -73,8 +73,9 @@ def worst_epsilon(records: pd.DataFrame) -> WorstEpsilon:
 
 
 def _members(rows: pd.DataFrame) -> list[tuple[str, int]]:
-    runs = rows["run"] if "run" in rows else rows["run_id"]
-    return list(zip(runs.astype(str), rows["client_id"].astype("int64"), strict=True))
+    run = "run" if "run" in rows else "run_id"
+    pairs = rows[[run, "client_id"]].drop_duplicates()
+    return list(zip(pairs[run].astype(str), pairs["client_id"].astype("int64"), strict=True))
 
 
 def _short(value: float) -> str:

@@ -42,12 +42,13 @@ def heat_map(
     grids = {name: _grid(part[part["defense"] == name], max_rows) for name in names}
     wide = is_wide(part["value"])
     across = min(3, len(names))
+    same = len({tuple(grid.index) for grid in grids.values()}) == 1
     down = math.ceil(len(names) / across)
     figure = new_figure(
         rows=down,
         cols=across,
         subplot_titles=[safe(clip(name, 130 // across)) for name in names],
-        horizontal_spacing=0.07,
+        horizontal_spacing=0.03 if same else 0.09,
         vertical_spacing=0.16 / down,
     )
     rounds = sorted(part["round"].unique())
@@ -63,8 +64,8 @@ def heat_map(
             hovertemplate="client %{y}, round %{x}: "
             + ("%{customdata}" if raw.size <= 5000 else ("10^%{z}" if wide else "%{z}"))
             + "<extra></extra>",
-            xgap=1 if len(rounds) <= 60 else 0,
-            ygap=1,
+            xgap=1 if len(grid) <= 40 and len(rounds) <= 60 else 0,
+            ygap=1 if len(grid) <= 40 else 0,
             row=i // across + 1,
             col=i % across + 1,
         )
@@ -73,7 +74,7 @@ def heat_map(
     note = f"seed {safe(str(seed))}; blank: no number"
     if grouped:
         note += f"; clients ranked by their mean and averaged in {max_rows} groups, most exposed first"
-    panel = min(640, max(200, 22 * tallest))
+    panel = min(440, max(200, 22 * tallest))
     lay_out(figure, quantity, part, note, [], height=130 + down * (panel + 40))
     figure.update_layout(
         coloraxis=_colours(part, quantity, wide), margin={"t": 110, "b": 55, "l": 70, "r": 20}
@@ -81,6 +82,8 @@ def heat_map(
     figure.update_xaxes(title_text="Round", showgrid=False, **round_ticks(rounds))
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False, automargin=True)
     figure.update_yaxes(title_text="Client group (rank of mean)" if grouped else "Client", col=1)
+    for column in range(2, across + 1 if same else 0):
+        figure.update_yaxes(showticklabels=False, col=column)
     figure.update_annotations(font={"size": 13, "color": INK})
     return figure
 
@@ -93,13 +96,17 @@ def _grid(mine: pd.DataFrame, max_rows: int) -> pd.DataFrame:
     group = np.arange(len(ranked)) * max_rows // len(ranked)
     places = pd.Series(np.arange(1, len(ranked) + 1)).groupby(group).agg(["min", "max"])
     grouped = ranked.groupby(group).mean()
-    grouped.index = pd.Index([f"{low}–{high}" for low, high in places.itertuples(index=False)])
+    grouped.index = pd.Index([f"{a}–{b}" if a < b else str(a) for a, b in places.itertuples(index=False)])
     return grouped
 
 
 def _colours(part: pd.DataFrame, quantity: str, wide: bool) -> dict[str, Any]:
     title = with_unit(describe(quantity).label, unit_of(part))
-    bar: dict[str, Any] = {"title": {"text": wrap(title), "side": "top"}, "thickness": 14, "outlinewidth": 0}
+    bar: dict[str, Any] = {
+        "title": {"text": wrap(title), "side": "top", "font": {"size": 12}},
+        "thickness": 14,
+        "outlinewidth": 0,
+    }
     if wide:
         ticks, words = decades(part["value"])
         bar |= {"tickvals": ticks, "ticktext": words}

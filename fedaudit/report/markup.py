@@ -27,7 +27,11 @@ def bullets(items: Iterable[str]) -> str:
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Escaped terms and their values, as a compact grid."""
-    cells = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in pairs if v)
+    cells = "".join(
+        f'<div class="{"wide" if len(v) > 60 else ""}"><dt>{text(k)}</dt><dd>{text(v)}</dd></div>'
+        for k, v in pairs
+        if v
+    )
     return f'<dl class="facts">{cells}</dl>'
 
 
@@ -42,13 +46,18 @@ def table(frame: pd.DataFrame, right: Sequence[str] = (), long: Sequence[str] = 
     )
     body = []
     for row in frame.itertuples(index=False, name=None):
-        cells = "".join(f'<td class="{c}">{text(cell)}</td>' for cell, c in zip(row, classes, strict=True))
+        cells = "".join(_cell(str(cell), c) for cell, c in zip(row, classes, strict=True))
         body.append(f"<tr>{cells}</tr>")
     rows = "\n".join(body)
     return (
         f'<div class="scroll"><table class="{text(kind)}"><thead><tr>{heading}</tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _cell(value: str, kind: str) -> str:
+    short = " short" if kind == "number" and len(value) <= 22 else ""
+    return f'<td class="{kind}{short}">{text(value)}</td>'
 
 
 def section(anchor: str, title: str, *content: str) -> str:

@@ -10,25 +10,19 @@ from fedaudit.records import Run, write_text
 from fedaudit.report import markup, template
 from fedaudit.report.attack_section import attack_section
 from fedaudit.report.display import comparison_text, count, interval, number, signed
+from fedaudit.report.evidence import Evidence, gather
 from fedaudit.report.figures import by_defense, over_rounds, utility_against_leakage
-from fedaudit.report.findings import baseline_of, findings, reading
-from fedaudit.report.guarantees import NO_GUARANTEE, worst_epsilon
+from fedaudit.report.findings import findings, reading
+from fedaudit.report.guarantees import NO_GUARANTEE
 from fedaudit.report.heat_map import heat_map
 from fedaudit.report.provenance import audited, configuration, notices, run_list, versions
 from fedaudit.report.quantities import PRIVACY, describe, with_unit
-from fedaudit.report.seeds import (
-    defenses_in,
-    distinct_runs,
-    numbers,
-    per_seed,
-    pool,
-    quantities_in,
-    shown_observer,
-)
+from fedaudit.report.seeds import quantities_in, shown_observer
 from fedaudit.report.tables import comparison_table, paired_differences, problems, settings
 
 plotly_script: Callable[[], str] = offline.get_plotlyjs
 MAX_PROBLEMS, MAX_HEAT_MAPS, TRANSPOSE_UP_TO = 200, 6, 5
+MAX_TITLE = 70
 ROLE_TITLES = {
     "utility": "Utility",
     "leakage": "Leakage",
@@ -55,24 +49,22 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text."""
-    kept, left_out = distinct_runs(runs)
-    pooled = pool(kept)
-    rows = numbers(pooled)
-    defenses = defenses_in(kept)
+    evidence = gather(runs)
+    defenses, rows = evidence.defenses, evidence.rows
     sections = {
-        "audited": ("What was audited", [markup.facts(audited(kept))]),
-        "findings": ("Key findings", [markup.bullets(findings(kept))]),
-        "comparison": ("Comparison of defenses", _comparison(kept)),
-        "differences": ("Differences to the baseline, paired by seed", _differences(kept)),
-        "scatter": ("Utility against leakage", _scatter(rows, pooled, defenses)),
+        "audited": ("What was audited", [markup.facts(audited(evidence.runs))]),
+        "findings": ("Key findings", [markup.bullets(findings(evidence))]),
+        "comparison": ("Comparison of defenses", _comparison(evidence)),
+        "differences": ("Differences to the baseline, paired by seed", _differences(evidence)),
+        "scatter": ("Utility against leakage", _scatter(evidence)),
         "rounds": ("Over rounds", _over_rounds(rows, defenses)),
         "clients": ("Who leaks, and when", _heat_maps(rows, defenses)),
-        "attacks": ("Attacks", [attack_section(kept)]),
-        "missing": ("Skipped, failed and rejected", _problems(kept)),
-        "reading": ("How to read these numbers", _how_to_read(rows, pooled)),
+        "attacks": ("Attacks", [attack_section(evidence)]),
+        "missing": ("Skipped, failed and rejected", _problems(evidence)),
+        "reading": ("How to read these numbers", _how_to_read(evidence)),
         "threats": ("Threat model", _threats()),
-        "settings": ("Settings behind the numbers", _settings(kept)),
-        "configuration": ("Runs, configuration and versions", _provenance(kept)),
+        "settings": ("Settings behind the numbers", _settings(evidence)),
+        "configuration": ("Runs, configuration and versions", _provenance(evidence.runs)),
     }
     drawn = {name: markup.section(name, title, *parts) for name, (title, parts) in sections.items()}
     links = "".join(
@@ -81,7 +73,9 @@ def render(runs: Sequence[Run]) -> str:
         if content
     )
     title = f"Leakage audit: {', '.join(defenses) or 'no runs'}"
-    warnings = notices(runs, kept, left_out)
+    if len(title) > MAX_TITLE:
+        title = f"Leakage audit of {len(defenses)} defenses"
+    warnings = notices(evidence)
     notice = f'<div class="notice" role="note">{markup.bullets(warnings)}</div>' if warnings else ""
     body = "\n".join(filter(None, drawn.values()))
     return f"""<!DOCTYPE html>
@@ -96,7 +90,7 @@ def render(runs: Sequence[Run]) -> str:
 <body>
 <main>
 <header><h1>{markup.text(title)}</h1>
-{markup.paragraph(_subtitle(kept, len(pooled)), "quiet")}
+{markup.paragraph(_subtitle(evidence.runs, len(evidence.pooled)), "quiet")}
 <nav>{links}</nav>
 </header>
 <noscript><p class="notice">The figures need JavaScript; tables and findings do not.</p></noscript>
@@ -120,8 +114,8 @@ def _subtitle(runs: Sequence[Run], records: int) -> str:
     return f"{count(len(runs), 'run')}, {count(records, 'record')}{when}"
 
 
-def _comparison(runs: Sequence[Run]) -> list[str]:
-    shown = comparison_text(comparison_table(runs))
+def _comparison(evidence: Evidence) -> list[str]:
+    shown = comparison_text(comparison_table(evidence))
     if not len(shown):
         return []
     if len(shown) <= TRANSPOSE_UP_TO:
@@ -137,8 +131,8 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
     return [drawn, markup.paragraph(note, "quiet"), markup.paragraph(template.INTERVALS, "quiet")]
 
 
-def _differences(runs: Sequence[Run]) -> list[str]:
-    frame = paired_differences(runs, baseline_of(runs)) if runs else pd.DataFrame()
+def _differences(evidence: Evidence) -> list[str]:
+    frame = paired_differences(evidence, evidence.baseline)
     if not len(frame):
         return []
     baseline = str(frame["baseline"].iloc[0])
@@ -161,13 +155,13 @@ def _differences(runs: Sequence[Run]) -> list[str]:
             ],
         }
     )
-    if shown["Defense"].nunique() == 1:
-        note = f"{shown['Defense'].iloc[0]} minus {baseline}, over the seeds that both were run with."
-        shown = shown.drop(columns="Defense")
-    else:
-        note = f"Each defense minus {baseline}, over the seeds that both were run with."
+    note = f"Defense minus {baseline}, over the seeds that both were run with."
     right = [f"Under {baseline}", "Under the defense", "Difference", "95 % interval", "Seeds"]
-    return [markup.paragraph(note, "quiet"), markup.table(shown, right=right)]
+    parts = [markup.paragraph(note, "quiet")]
+    for defense, mine in shown.groupby("Defense", sort=False):
+        parts.append(f"<h3>{markup.text(defense)}</h3>")
+        parts.append(markup.table(mine.drop(columns="Defense"), right=right))
+    return parts
 
 
 def _leakages(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -178,38 +172,40 @@ def _leakages(rows: pd.DataFrame) -> list[tuple[str, str]]:
     return [(name, shown_observer(rows, name)) for name in names]
 
 
-def _scatter(rows: pd.DataFrame, pooled: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
-    values = per_seed(rows)
+def _scatter(evidence: Evidence) -> list[str]:
+    values = evidence.values
     having = set(
         zip(*(values.loc[values["quantity"] == "accuracy", c] for c in ("defense", "seed")), strict=True)
     )
     drawable = []
-    for quantity, observer in _leakages(rows):
+    for quantity, observer in _leakages(evidence.rows):
         part = values[(values["quantity"] == quantity) & (values["observer"] == observer)]
         if having & set(zip(part["defense"], part["seed"], strict=True)):
             drawable.append((quantity, observer))
     if not drawable:
         return []
     labels = {}
-    for defense in defenses:
-        worst = worst_epsilon(pooled[pooled["defense"] == defense])
+    for defense, worst in evidence.guarantees.items():
         labels[defense] = NO_GUARANTEE if worst.epsilon is None else f"ε = {number(worst.epsilon)}"
-    figure = utility_against_leakage(values, drawable, defenses, labels)
+    figure = utility_against_leakage(values, drawable, evidence.defenses, labels)
     note = "ε is the worst client's, at the δ, unit and accountant given in the comparison table."
     return [markup.plot(figure), markup.paragraph(note, "quiet")]
 
 
 def _over_rounds(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
+    measured: dict[str, list[tuple[str, pd.DataFrame]]] = {}
+    for (quantity, observer), part in rows.groupby(["quantity", "observer"]):
+        measured.setdefault(str(quantity), []).append((str(observer), part))
     parts = []
     for role, title in ROLE_TITLES.items():
         plots = []
         for quantity in quantities_in(rows):
             if describe(quantity).role != role:
                 continue
-            for observer, part in rows[rows["quantity"] == quantity].groupby("observer"):
+            for observer, part in measured[quantity]:
                 few = part["round"].nunique() < 3 and bool(part["client_id"].notna().all())
                 draw = by_defense if few else over_rounds
-                plots.append(markup.plot(draw(rows, quantity, str(observer), defenses)))
+                plots.append(markup.plot(draw(part, quantity, observer, defenses)))
         if plots:
             parts += [f"<h3>{title}</h3>", '<div class="plots">' + "\n".join(plots) + "</div>"]
     return parts
@@ -228,10 +224,10 @@ def _heat_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
     return plots
 
 
-def _problems(runs: Sequence[Run]) -> list[str]:
-    frame = problems(runs)
+def _problems(evidence: Evidence) -> list[str]:
+    frame = problems(evidence)
     if not len(frame):
-        return [markup.paragraph("Nothing was skipped, failed or rejected.")] if runs else []
+        return [markup.paragraph("Nothing was skipped, failed or rejected.")] if evidence.runs else []
     renamed = {
         "status": "Status",
         "count": "Count",
@@ -252,7 +248,8 @@ def _problems(runs: Sequence[Run]) -> list[str]:
     return [markup.paragraph(f"Rows without a number. {total}."), drawn, more]
 
 
-def _how_to_read(rows: pd.DataFrame, pooled: pd.DataFrame) -> list[str]:
+def _how_to_read(evidence: Evidence) -> list[str]:
+    rows, pooled = evidence.rows, evidence.pooled
     lines = []
     for name in quantities_in(rows):
         part = rows[rows["quantity"] == name]
@@ -277,8 +274,8 @@ def _threats() -> list[str]:
     return [markup.table(frame, kind="reading")]
 
 
-def _settings(runs: Sequence[Run]) -> list[str]:
-    found = settings(runs)
+def _settings(evidence: Evidence) -> list[str]:
+    found = settings(evidence)
     found = found[[describe(name).role != "attack" for name in found["quantity"]]]
     if not len(found):
         return []

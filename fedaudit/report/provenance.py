@@ -9,8 +9,9 @@ import pandas as pd
 from fedaudit.config import flatten
 from fedaudit.records import Run
 from fedaudit.report.display import listing
+from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.quantities import PRIVACY
-from fedaudit.report.seeds import defense_of, defenses_in, last_round, pool, seed_of
+from fedaudit.report.seeds import defense_of, defenses_in, last_round, seed_of
 
 EXPECTED_TO_DIFFER = ("seed", "defense.name", "compare.defenses", "compare.seeds", "output.directory")
 SHOWN = (
@@ -54,18 +55,20 @@ def audited(runs: Sequence[Run]) -> list[tuple[str, str]]:
     ]
 
 
-def notices(runs: Sequence[Run], kept: Sequence[Run], left_out: Sequence[Run]) -> list[str]:
+def notices(runs: Runs) -> list[str]:
     """What a reader must know before trusting a comparison of these runs."""
+    evidence = gather(runs)
+    kept = evidence.runs
     found = []
-    if not runs:
+    if not kept:
         found.append("No runs were given.")
     for run in kept:
         if not run.summary:
             planned = _config(run).get("federation.rounds")
             of = f" of {planned}" if planned else ""
             found.append(f"{run.name} did not end: it holds records up to round {last_round(run)}{of}.")
-    if left_out:
-        unused = listing([run.name for run in left_out])
+    if evidence.left_out:
+        unused = listing([run.name for run in evidence.left_out])
         found.append(f"Left out, because another run has the same defense and seed: {unused}.")
     differing = [
         key for key in _keys(kept) if key not in EXPECTED_TO_DIFFER and len(_distinct(kept, key)) > 1
@@ -75,12 +78,12 @@ def notices(runs: Sequence[Run], kept: Sequence[Run], left_out: Sequence[Run]) -
             f"These runs differ in more than defense and seed: {listing(differing, 12)}. A difference "
             "between defenses can come from that."
         )
-    seeds = {defense: {seed_of(r) for r in kept if defense_of(r) == defense} for defense in defenses_in(kept)}
+    seeds = {name: {seed_of(run) for run in its_runs} for name, its_runs in evidence.by_defense.items()}
     if kept and max(map(len, seeds.values())) < 2:
         found.append("One seed per defense: no intervals, and differences may be chance.")
     elif len({frozenset(s) for s in seeds.values()}) > 1:
         found.append("The defenses were not run with the same seeds: paired differences use the common ones.")
-    pooled = pool(kept)
+    pooled = evidence.pooled
     values = pd.to_numeric(pooled["value"], errors="coerce")
     undefined = (pooled["status"] == "ok") & ~np.isfinite(values) & (pooled["quantity"] != PRIVACY)
     if undefined.any():

@@ -99,10 +99,12 @@ def numbers(frame: pd.DataFrame) -> pd.DataFrame:
     values = pd.to_numeric(frame["value"], errors="coerce")
     usable = (frame["status"] == "ok") & np.isfinite(values) & (frame["quantity"] != PRIVACY)
     rows: pd.DataFrame = frame[usable].assign(value=values[usable].astype(float))
-    extras = parse_extras(rows["extra"])
-    bounds: pd.Series = rows["extra"].map(lambda text: _number(extras[text].get("bound-nats")))
-    if not len(rows) or bounds.isna().all():
+    stated = {
+        text: _number(content.get("bound-nats")) for text, content in parse_extras(rows["extra"]).items()
+    }
+    if all(math.isnan(bound) for bound in stated.values()):
         return rows
+    bounds: pd.Series = rows["extra"].map(stated).astype(float)
     bounded = rows[bounds.notna()].assign(
         value=bounds.dropna(), unit="nats", kind="upper", low=np.nan, high=np.nan
     )
@@ -134,7 +136,8 @@ def per_seed(rows: pd.DataFrame) -> pd.DataFrame:
     over all clients and rounds. Columns: KEYS, "unit", "kind", "value", "clients", "round" (the last used).
     """
     pieces = []
-    for pooling, part in rows.groupby(rows["quantity"].map(lambda name: describe(name).pooling)):
+    poolings = {name: describe(name).pooling for name in rows["quantity"].unique()}
+    for pooling, part in rows.groupby(rows["quantity"].map(poolings)):
         used = part
         if pooling == "last":
             used = part[part["round"] == part.groupby(KEYS)["round"].transform("max")]

@@ -70,8 +70,8 @@ def lay_out(
     """Title, observer, kinds, legend and axes of a figure of one quantity."""
     kinds = ", ".join(dict.fromkeys(part["kind"]))
     observers = ", ".join(dict.fromkeys(part["observer"]))
-    note = f"observer: {observers} · {kinds} · {note}"
-    style_figure(figure, describe(quantity).label, note, legend, height or 350 + 24 * len(legend))
+    note = f"observer: {safe(observers)} · {safe(kinds)} · {note}"
+    style_figure(figure, describe(quantity).label, note, legend, height or 330 + 24 * len(legend))
 
 
 def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], height: int) -> None:
@@ -115,7 +115,7 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
         "zeroline": False,
         "ticks": "outside",
     }
-    figure.update_xaxes(**axis, title={"standoff": 8, "font": {"size": 13}})
+    figure.update_xaxes(**axis, title={"standoff": 8, "font": {"size": 13}}, automargin=True)
     figure.update_yaxes(**axis, title={"standoff": 10, "font": {"size": 13}}, automargin=True)
 
 

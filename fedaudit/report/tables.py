@@ -6,28 +6,24 @@ from typing import Any
 
 import pandas as pd
 
-from fedaudit.records import Run
+from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.guarantees import worst_epsilon
 from fedaudit.report.quantities import describe
 from fedaudit.report.seeds import (
-    defense_of,
-    defenses_in,
-    distinct_runs,
     last_round,
     numbers,
     over_seeds,
     parse_extras,
-    per_seed,
-    pool,
     quantities_in,
     shown_observer,
     t_interval,
 )
 
 TIME = "round-seconds"
+SHOWN_CLIENTS = 5
 
 
-def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
+def comparison_table(runs: Runs) -> pd.DataFrame:
     """One row per defense: utility, leakage, attack success, formal epsilon, time.
 
     For every headline quantity q the columns are "q" (mean over seeds), "q ±" (half-width of the Student-t
@@ -44,19 +40,18 @@ def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
     Returns:
         The table; no rows if there are no runs.
     """
-    kept, _ = distinct_runs(runs)
-    pooled = pool(kept)
-    rows = numbers(pooled)
-    means = over_seeds(per_seed(rows))
+    evidence = gather(runs)
+    rows = evidence.rows
+    means = over_seeds(evidence.values)
     headline = ["accuracy", *(q for q in quantities_in(rows) if describe(q).headline and q != "accuracy")]
     observers = {quantity: shown_observer(rows, quantity) for quantity in headline}
     table = []
-    for defense in defenses_in(kept):
+    for defense, its_runs in evidence.by_defense.items():
         mine = means[means["defense"] == defense]
         row: dict[str, Any] = {"defense": defense}
         for quantity in headline:
             row |= _cells(mine[mine["quantity"] == quantity], quantity, observers[quantity])
-        worst = worst_epsilon(pooled[pooled["defense"] == defense])
+        worst = evidence.guarantees[defense]
         row |= {
             "epsilon": math.nan if worst.epsilon is None else worst.epsilon,
             "delta": math.nan if worst.delta is None else worst.delta,
@@ -67,7 +62,6 @@ def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
         time = mine[mine["quantity"] == TIME]
         row["seconds"] = float(time["mean"].iloc[0]) if len(time) else math.nan
         row["seconds ±"] = float(time["half_width"].iloc[0]) if len(time) else math.nan
-        its_runs = [run for run in kept if defense_of(run) == defense]
         row["rounds"] = min(last_round(run) for run in its_runs)
         row["seeds"] = len(its_runs)
         table.append(row)
@@ -87,7 +81,7 @@ def _cells(means: pd.DataFrame, quantity: str, observer: str) -> dict[str, Any]:
     }
 
 
-def paired_differences(runs: Sequence[Run], baseline: str = "none") -> pd.DataFrame:
+def paired_differences(runs: Runs, baseline: str = "none") -> pd.DataFrame:
     """Each defense minus the baseline, paired by seed, for every quantity and observer both have.
 
     d_s = value(defense, seed s) - value(baseline, seed s); the row gives their mean and Student-t 95 %
@@ -105,9 +99,9 @@ def paired_differences(runs: Sequence[Run], baseline: str = "none") -> pd.DataFr
     Raises:
         ValueError: if there are runs but none with the baseline.
     """
-    kept, _ = distinct_runs(runs)
-    defenses = defenses_in(kept)
-    if kept and baseline not in defenses:
+    evidence = gather(runs)
+    defenses = evidence.defenses
+    if defenses and baseline not in defenses:
         raise ValueError(
             f"the baseline must be one of the runs' defenses, got {baseline!r}: "
             f"choose from {', '.join(defenses)}"
@@ -116,7 +110,7 @@ def paired_differences(runs: Sequence[Run], baseline: str = "none") -> pd.DataFr
         *("defense", "baseline", "quantity", "observer", "unit", "baseline_mean", "defense_mean"),
         *("difference", "half_width", "low", "high", "seeds"),
     ]
-    values = per_seed(numbers(pool(kept)))
+    values = evidence.values
     ours = values[values["defense"] == baseline]
     paired = ["seed", "quantity", "observer"]
     others = values[values["defense"] != baseline]
@@ -133,39 +127,48 @@ def paired_differences(runs: Sequence[Run], baseline: str = "none") -> pd.DataFr
     return pd.DataFrame(rows, columns=columns)
 
 
-def all_quantities(runs: Sequence[Run]) -> pd.DataFrame:
+def all_quantities(runs: Runs) -> pd.DataFrame:
     """Every quantity by every observer, one row each per defense: see `seeds.over_seeds` for the columns."""
-    return over_seeds(per_seed(numbers(pool(distinct_runs(runs)[0]))))
+    return over_seeds(gather(runs).values)
 
 
-def problems(runs: Sequence[Run]) -> pd.DataFrame:
+def problems(runs: Runs) -> pd.DataFrame:
     """What did not become a number, by status, quantity, observer, defense and reason, most frequent first.
 
     Columns "status", "quantity", "observer", "defense", "reason", "count", "clients" (how many),
     "first" (a few client ids), "rounds" (from-to).
     """
-    pooled = pool(runs)
+    evidence = gather(runs)
+    pooled = evidence.pooled
     rows = pooled[pooled["status"] != "ok"]
     keys = ["status", "quantity", "observer", "defense", "reason"]
-    table = []
-    for key, part in rows.groupby(keys, dropna=False):
-        ids = [int(client) for client in part["client_id"].dropna().unique()]
-        low, high = int(part["round"].min()), int(part["round"].max())
-        first = ", ".join(map(str, sorted(ids)[:5])) + (", …" if len(ids) > 5 else "")
-        span = str(low) if low == high else f"{low}–{high}"
-        table.append((*key, len(part), len(ids), first, span))
-    frame = pd.DataFrame(table, columns=[*keys, "count", "clients", "first", "rounds"])
-    frame = _in_order(frame, defenses_in(runs))
+    rounds = rows["round"].astype("int64")
+    groups = rows.assign(low=rounds, high=rounds).groupby(keys, dropna=False)
+    found = groups.agg(
+        count=("run_id", "size"), clients=("client_id", "nunique"), low=("low", "min"), high=("high", "max")
+    )
+    ids = rows[[*keys, "client_id"]].dropna(subset="client_id").drop_duplicates().sort_values("client_id")
+    few = ids[ids.groupby(keys, dropna=False).cumcount() < SHOWN_CLIENTS]
+    written = (
+        few.assign(first=few["client_id"].astype(str)).groupby(keys, dropna=False)["first"].agg(", ".join)
+    )
+    frame = found.join(written).reset_index().fillna({"first": ""})
+    frame.loc[frame["clients"] > SHOWN_CLIENTS, "first"] += ", …"
+    low, high = frame["low"].astype(str), frame["high"].astype(str)
+    frame["rounds"] = low.where(low == high, low + "–" + high)
+    frame = frame[[*keys, "count", "clients", "first", "rounds"]]
+    frame = _in_order(frame, evidence.defenses)
     return frame.sort_values(["status", "count"], ascending=[True, False], kind="stable", ignore_index=True)
 
 
-def settings(runs: Sequence[Run]) -> pd.DataFrame:
+def settings(runs: Runs) -> pd.DataFrame:
     """What the numbers were computed with: each key of the extras, by quantity, observer and defense.
 
     Columns "quantity", "observer", "defense", "rows", "settings": a mapping from key to its value, to
     "low – high" for numbers that vary, or to the few distinct texts.
     """
-    pooled = pool(runs)
+    evidence = gather(runs)
+    pooled = evidence.pooled
     rows = pooled[(pooled["status"] == "ok") & ~pooled["extra"].isin(["{}", ""])]
     table = []
     for (quantity, observer, defense), part in rows.groupby(["quantity", "observer", "defense"]):
@@ -176,7 +179,7 @@ def settings(runs: Sequence[Run]) -> pd.DataFrame:
         words = {key: _range(values) for key, values in sorted(found.items())}
         table.append((quantity, observer, defense, len(part), words))
     frame = pd.DataFrame(table, columns=["quantity", "observer", "defense", "rows", "settings"])
-    frame = _in_order(frame, defenses_in(runs))
+    frame = _in_order(frame, evidence.defenses)
     places = {name: place for place, name in enumerate(quantities_in(frame))}
     return frame.sort_values(
         "quantity", key=lambda names: names.map(places), kind="stable", ignore_index=True

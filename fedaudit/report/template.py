@@ -26,6 +26,7 @@ ul { margin: 8px 0; padding-left: 22px; max-width: 110ch; }
 li { margin: 5px 0; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: 12px 24px;
   margin: 10px 0; }
+.facts .wide { grid-column: span 2; }
 .facts dt { color: var(--quiet); font-size: 13px; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 .notice { border-left: 4px solid #D55E00; background: #fdf4ee; padding: 8px 16px; margin: 16px 0; }
@@ -38,6 +39,7 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; font-wei
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 tbody tr:nth-child(even) { background: var(--shade); }
 table.comparison td:first-child, table.reading td:first-child { font-weight: 600; }
+td.short { white-space: nowrap; }
 td.long { overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 18px 26px; align-items: start; }
 .plots > .plot { min-width: 0; }
@@ -53,13 +55,14 @@ td.long { overflow-wrap: anywhere; }
 .pair figcaption { font-variant-numeric: tabular-nums; white-space: nowrap; }
 details > summary { cursor: pointer; color: var(--mark); margin: 8px 0; }
 footer { margin-top: 44px; border-top: 1px solid var(--rule); padding-top: 10px; }
-@media (max-width: 900px) { .plots { grid-template-columns: 1fr; } }
+@media screen and (max-width: 900px) { .plots { grid-template-columns: 1fr; } }
 @page { size: A4 landscape; margin: 12mm; }
 @media print {
   body { zoom: 0.88; }
   main { padding: 0; max-width: none; width: 1140px; }
   nav, .modebar-container, .modebar { display: none !important; }
   .scroll { overflow: visible; }
+  .plot .svg-container, .plot svg.main-svg { width: 100% !important; }
   h2, h3 { break-after: avoid; }
   tr, .attack { break-inside: avoid; }
   thead { display: table-header-group; }
@@ -68,12 +71,21 @@ footer { margin-top: 44px; border-top: 1px solid var(--rule); padding-top: 10px;
 """
 
 SCRIPT = """
+function fit(box) {  // a drawing with a viewBox is scaled, not cut, where paper is narrower than the screen
+  box.querySelectorAll("svg.main-svg").forEach(function (svg) {
+    svg.setAttribute("viewBox", "0 0 " + parseFloat(svg.style.width || svg.getAttribute("width")) + " "
+      + parseFloat(svg.style.height || svg.getAttribute("height")));
+    svg.setAttribute("preserveAspectRatio", "xMinYMin meet");
+  });
+}
 document.querySelectorAll(".plot").forEach(function (box) {
   var figure = JSON.parse(box.firstElementChild.textContent);
   box.textContent = "";
   Plotly.newPlot(box, figure.data, figure.layout, {
     responsive: true, displayModeBar: false, showSendToCloud: false, showTips: false
   });
+  box.on("plotly_afterplot", function () { fit(box); });
+  fit(box);
 });
 window.addEventListener("beforeprint", function () {
   document.querySelectorAll("details").forEach(function (box) { box.open = true; });
