@@ -10,7 +10,8 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -29,7 +30,7 @@ from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
 from fedaudit.defenses.base import Defense
-from fedaudit.errors import FedauditError, RunFailedError
+from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import DEFENSES
@@ -216,15 +217,71 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def check(config: RunConfig) -> Setup:
-    """Build every part the configuration names, so that what is wrong is said before anything runs."""
+    """Build every part the configuration names, so that what is wrong is said before anything runs.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+        DataError: if the data is missing or cannot be split among the clients.
+    """
     from fedaudit.auditor import Auditor
 
+    _check_machine(config)
     made = setup(config.flat())
-    Auditor(None, config.audit.measures, attacks=config.attack.names)
-    made.build_model()
-    for client in range(made.clients):
-        made.release(len(made.partitions[client]))
+    with _about("strategy.name", config.strategy.name):
+        build_strategy = reference_module("strategies.flower_strategies").build_strategy
+        build_strategy(
+            config.strategy.name,
+            clients=made.clients,
+            fraction_train=config.federation.fraction_train,
+            min_available=made.clients,
+        )
+    with _about("audit.measures", config.audit.measures):
+        Auditor(None, config.audit.measures)
+    with _about("attack.names", config.attack.names):
+        Auditor(None, "", attacks=config.attack.names)
+    with _about("data.name", config.data.name):
+        _ = made.data
+    with _about("data.partitioner", config.data.partitioner):
+        sizes = [len(rows) for rows in made.partitions]
+    with _about("model.name", config.model.name):
+        model = made.build_model()
+    with _about("defense.name", config.defense.name):
+        releases = [made.release(size) for size in sizes]
+        noise = torch.Generator().manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
+        prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
+        made.defense.restore(prepared)
     return made
+
+
+def _check_machine(config: RunConfig) -> None:
+    federation = config.federation
+    if federation.engine == "deployment":
+        raise ConfigError(
+            "federation.engine = 'deployment' is not allowed here: a deployment is started by 'flwr run'; "
+            "choose 'in-process' or 'ray'"
+        )
+    if config.output.resume and federation.engine != "in-process":
+        raise ConfigError(
+            f"federation.engine = {federation.engine!r} is not allowed with output.resume: "
+            "a run is resumed by 'in-process' only"
+        )
+    if federation.device.startswith("cuda"):
+        wanted, found = torch.device(federation.device).index or 0, torch.cuda.device_count()
+        if wanted >= found:
+            raise ConfigError(
+                f"federation.device = {federation.device!r} is not allowed: this machine has {found} "
+                "CUDA devices; choose 'auto' or 'cpu'"
+            )
+
+
+@contextmanager
+def _about(key: str, value: str) -> Iterator[None]:
+    """Say which key of the configuration an error is about."""
+    try:
+        yield
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{key} = {value!r} is not allowed: {error}") from error
 
 
 def execute(config: RunConfig) -> Run:
@@ -284,7 +341,7 @@ def describe(config: RunConfig, folder: Path) -> None:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": "cuda" if torch.cuda.is_available() and config.federation.device != "cpu" else "cpu",
     }
-    tables = {"run": run, "config": config.flat(), "versions": versions}
+    tables: dict[str, Mapping[str, Any]] = {"run": run, "config": config.flat(), "versions": versions}
     write_text(folder / "run.toml", _toml(tables))
 
 

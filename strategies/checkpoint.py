@@ -3,6 +3,7 @@
 Arrays are safetensors, the rest is JSON; nothing is pickled. Only the last complete round is kept.
 """
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedaudit.errors import RecordError
@@ -41,10 +43,7 @@ def save(
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(
-        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-        temporary / "arrays.safetensors",
-    )
+    write_arrays(temporary / "arrays.safetensors", tensors)
     state = {
         "round": round_number,
         "order": list(arrays),  # safetensors sorts names, Flower pairs some arrays by position
@@ -59,6 +58,12 @@ def save(
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write arrays of any shape as safetensors."""
+    # not numpy.ascontiguousarray, which makes an array of no dimension one of one
+    save_file({name: np.asarray(values, order="C") for name, values in arrays.items()}, path)
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -81,13 +86,16 @@ def load(folder: Path) -> Checkpoint | None:
             p: scalars[p] if p in scalars else tensors[f"strategy/{p}"] for p in state["strategy-order"]
         }
         nodes = {int(node): _decode(record) for node, record in state["nodes"].items()}
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise RecordError(f"{folder} holds no readable checkpoint ({error}): start the run anew") from error
     return Checkpoint(int(state["round"]), arrays, values, nodes)
 
 
 def restore(strategy: Strategy, values: Mapping[str, Any]) -> None:
-    """Put saved values back into a freshly built strategy and the ones it wraps."""
+    """Put saved values back into a freshly built strategy and the ones it wraps.
+
+    What a constructor takes is not among them: it comes from the configuration.
+    """
     grouped: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         owner, attribute, *key = path.split("|")
@@ -118,12 +126,18 @@ def _layers(strategy: Strategy) -> list[Strategy]:
 
 
 def _state(strategy: Strategy) -> list[tuple[str, Any]]:
-    """Arrays and numbers that Flower's strategies keep between rounds, by 'depth|attribute|key'."""
+    """Arrays and numbers that Flower's strategies keep between rounds, by 'depth|attribute|key'.
+
+    Arithmetic on an array of no dimension gives a numpy scalar: it counts as such an array.
+    """
     found: list[tuple[str, Any]] = []
     for depth, layer in enumerate(_layers(strategy)):
         if type(layer).__module__.split(".")[0] != "flwr":
             continue  # our own wrappers are rebuilt from the configuration
+        configured = inspect.signature(type(layer)).parameters
         for attribute, value in vars(layer).items():
+            if attribute in configured:
+                continue
             path = f"{depth}|{attribute}"
             if isinstance(value, np.ndarray):
                 found.append((path, value))
@@ -131,13 +145,17 @@ def _state(strategy: Strategy) -> list[tuple[str, Any]]:
                 found.append((path, value.item()))
             elif isinstance(value, ArrayRecord):
                 found += [(f"{path}|@{key}", array.numpy()) for key, array in value.items()]
-            elif isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
-                found += [(f"{path}|{key}", array) for key, array in value.items()]
-            elif isinstance(value, list) and value and all(isinstance(v, np.ndarray) for v in value):
-                found += [(f"{path}|[{index}", array) for index, array in enumerate(value)]
+            elif isinstance(value, dict) and value and all(map(_is_array, value.values())):
+                found += [(f"{path}|{key}", np.asarray(array)) for key, array in value.items()]
+            elif isinstance(value, list) and value and all(map(_is_array, value)):
+                found += [(f"{path}|[{index}", np.asarray(array)) for index, array in enumerate(value)]
             elif isinstance(value, _SCALARS):
                 found.append((path, value))
     return found
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (np.ndarray, np.generic))
 
 
 def _array(values: np.ndarray[Any, Any]) -> Any:

@@ -5,10 +5,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from safetensors.numpy import save_file
 
 from fedaudit.app import Setup, describe, run_folder, setup
 from fedaudit.auditor import Auditor
@@ -17,6 +15,7 @@ from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.progress import announce
+from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
 
@@ -112,14 +111,14 @@ def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folde
         evaluate_fn=after_round,
     )
     final = result.arrays if len(result.arrays) else arrays
-    save_file({k: np.ascontiguousarray(v.numpy()) for k, v in final.items()}, folder / "weights.safetensors")
+    checkpoint.write_arrays(folder / "weights.safetensors", {k: v.numpy() for k, v in final.items()})
 
 
 def meet(grid: Grid, expected: int) -> dict[int, int]:
     """Node id to partition id of every node, once as many are there as they say there are partitions.
 
     Raises:
-        RunFailedError: if nodes do not answer or two of them hold one partition.
+        RunFailedError: if nodes do not answer, do not know their partition, or two of them hold one.
     """
     deadline = time.monotonic() + WAIT_SECONDS
     found: dict[int, int] = {}
@@ -149,7 +148,12 @@ def _ask(grid: Grid, nodes: Iterable[int]) -> dict[int, int]:
     found: dict[int, int] = {}
     for message in grid.send_and_receive(messages, timeout=60):
         if message.has_error():
-            logger.warning("a node did not say who it is: %s", message.error.reason)
+            node, reason = message.metadata.src_node_id, message.error.reason
+            if message.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:  # waiting does not mend it
+                raise RunFailedError(
+                    f"each node must say which partition it holds, node {node} failed: {reason}"
+                )
+            logger.warning("node %d did not say which partition it holds: %s", node, reason)
             continue
         place = message.content["whoami"]
         found[message.metadata.src_node_id] = int(place["partition-id"])  # type: ignore[arg-type]
