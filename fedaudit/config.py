@@ -5,66 +5,91 @@ Keys are kebab-case in TOML and dotted in Flower's run configuration (``data.nam
 """
 
 import difflib
+import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fedaudit.errors import ConfigError
 from fedaudit.registry import ATTACKS, DATASETS, DEFENSES, MEASURES, MODELS, PARTITIONERS, Registry
-from fedaudit.spec import Spec, parse_spec, parse_specs
+from fedaudit.spec import Scalar as Scalar
+from fedaudit.spec import Spec, parse_specs
 
-Scalar = str | int | float | bool
 Observer = Literal["server", "client", "oracle"]
 
 
+def _parts(registry: Registry | None, at_least: int = 0, at_most: int | None = None) -> AfterValidator:
+    """Check a text that names between `at_least` and `at_most` parts, each one once and in `registry`."""
+
+    def checked(text: str) -> str:
+        try:
+            specs = parse_specs(text)
+            if registry is not None:
+                for spec in specs:
+                    registry.check(spec.name)
+        except ConfigError as error:  # pydantic adds the key, and collects ValueError only
+            raise ValueError(str(error)) from error
+        if len(specs) < at_least or (at_most is not None and len(specs) > at_most):
+            wanted = "exactly one name" if at_most == 1 else f"at least {at_least} name"
+            choice = f"choose from {', '.join(registry)}" if registry is not None else "give one"
+            raise ValueError(f"{wanted} is allowed here, got {len(specs)}: {choice}")
+        for spec in specs:
+            if specs.count(spec) > 1:
+                raise ValueError(f"a part is listed once, got {spec} more than once: remove the repetition")
+        return text
+
+    return AfterValidator(checked)
+
+
 def _one_of(registry: Registry) -> AfterValidator:
-    return AfterValidator(lambda text: _checked_names(registry, text, (parse_spec,)))
+    return _parts(registry, at_least=1, at_most=1)
 
 
-def _some_of(registry: Registry) -> AfterValidator:
-    return AfterValidator(lambda text: _checked_names(registry, text, ()))
-
-
-def _checked_names(registry: Registry, text: str, also: tuple[Callable[[str], Spec], ...]) -> str:
-    try:
-        for check in also:
-            check(text)
-        for spec in parse_specs(text):
-            registry.check(spec.name)
-    except ConfigError as error:  # pydantic knows the key, and collects ValueError only
-        raise ValueError(str(error)) from error
-    return text
+def _pieces(text: str) -> tuple[str, ...]:
+    return tuple(piece.strip() for piece in text.split(",") if piece.strip())
 
 
 def _int_list(text: str) -> str:
-    for piece in filter(None, (p.strip() for p in text.split(","))):
-        if not piece.isdigit():
-            raise ValueError(
-                f"whole numbers separated by commas are allowed, got {piece!r}: write e.g. '0,1'"
-            )
-    return text
-
-
-def _one_spec(text: str) -> str:
-    try:
-        parse_spec(text)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
+    pieces = _pieces(text)
+    if not pieces or not all(piece.isdecimal() for piece in pieces):
+        raise ValueError("whole numbers separated by commas are allowed: write e.g. '0,1'")
+    if len({int(piece) for piece in pieces}) < len(pieces):
+        raise ValueError("each number is listed once: remove the repetition")
     return text
 
 
 def _observers(text: str) -> str:
     allowed = get_args(Observer)
-    for name in filter(None, (p.strip() for p in text.split(","))):
-        if name not in allowed:
-            raise ValueError(f"observers are {', '.join(allowed)}, got {name!r}: list some of these")
+    pieces = _pieces(text)
+    if not pieces or not set(pieces) <= set(allowed):
+        raise ValueError(f"observers are {', '.join(allowed)}: list one or more of these")
     return text
 
 
-IntList = Annotated[str, AfterValidator(_int_list)]
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
+        raise ValueError("devices are auto, cpu, cuda and cuda:N: choose one of these")
+    return text
+
+
+def _number_as_text(value: Any) -> Any:
+    """A list of one number is a number in TOML."""
+    return str(value) if type(value) is int else value
+
+
+IntList = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_int_list)]
 
 
 def ints(text: str) -> tuple[int, ...]:
@@ -73,7 +98,7 @@ def ints(text: str) -> tuple[int, ...]:
     >>> ints("1, 5")
     (1, 5)
     """
-    return tuple(int(piece) for piece in text.split(",") if piece.strip())
+    return tuple(int(piece) for piece in _pieces(text))
 
 
 class Section(BaseModel):
@@ -82,7 +107,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        strict=False,
+        strict=True,
         validate_default=True,
         allow_inf_nan=False,
         alias_generator=lambda name: name.replace("_", "-"),
@@ -120,7 +145,7 @@ class FederationConfig(Section):
         1, ge=1, description="server-side evaluation every this many rounds, and at the end"
     )
     engine: Literal["in-process", "ray", "deployment"] = "in-process"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     workers: int = Field(1, ge=1, description="threads (in-process) or actors (ray)")
     gpu_share: float = Field(0.0, ge=0, le=1, description="share of a GPU per ray actor")
     round_timeout: float = Field(3600.0, gt=0, description="seconds to wait for replies")
@@ -130,7 +155,7 @@ class FederationConfig(Section):
 class StrategyConfig(Section):
     """The Flower strategy that aggregates."""
 
-    name: Annotated[str, AfterValidator(_one_spec)] = "FedAvg"
+    name: Annotated[str, _parts(None, at_least=1, at_most=1)] = "FedAvg"
 
 
 class TrainConfig(Section):
@@ -155,7 +180,7 @@ class DefenseConfig(Section):
 class AuditConfig(Section):
     """What is measured, by whom, how often."""
 
-    measures: Annotated[str, _some_of(MEASURES)] = "cohort-gradient-uniqueness, update-norm, update-cosine"
+    measures: Annotated[str, _parts(MEASURES)] = "cohort-gradient-uniqueness, update-norm, update-cosine"
     observers: Annotated[str, AfterValidator(_observers)] = "server"
     every: int = Field(1, ge=1, description="audit every this many rounds, the first and the last always")
     strict: bool = Field(False, description="stop on a skipped or failed measure")
@@ -164,13 +189,13 @@ class AuditConfig(Section):
     @property
     def observer_names(self) -> tuple[str, ...]:
         """The observers that measure."""
-        return tuple(piece.strip() for piece in self.observers.split(",") if piece.strip())
+        return _pieces(self.observers)
 
 
 class AttackConfig(Section):
     """Which attacks run on which intercepted updates."""
 
-    names: Annotated[str, _some_of(ATTACKS)] = ""
+    names: Annotated[str, _parts(ATTACKS)] = ""
     rounds: IntList = Field("1", description="rounds whose updates are attacked")
     clients: int = Field(1, ge=1, description="how many of the round's clients are attacked")
     save_images: bool = Field(False, description="keep originals and reconstructions for the report")
@@ -179,7 +204,7 @@ class AttackConfig(Section):
 class CompareConfig(Section):
     """What `fedaudit compare` sets side by side."""
 
-    defenses: Annotated[str, _some_of(DEFENSES)] = "none, dp-sgd"
+    defenses: Annotated[str, _parts(DEFENSES, at_least=1)] = "none, dp-sgd"
     seeds: IntList = "0"
 
 
@@ -187,6 +212,8 @@ class OutputConfig(Section):
     """Where results go."""
 
     directory: str = "runs"
+    name: str = Field("", description="folder of the run inside directory; empty is <defense>-seed<seed>")
+    resume: bool = Field(False, description="continue the run in that folder from its last complete round")
 
 
 class RunConfig(Section):
@@ -196,7 +223,7 @@ class RunConfig(Section):
     3
     """
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random; numpy takes 32 bits")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     federation: FederationConfig = FederationConfig()
@@ -209,7 +236,7 @@ class RunConfig(Section):
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> "RunConfig":
+    def _consistent(self) -> Self:
         if "oracle" in self.audit.observer_names and self.federation.engine == "deployment":
             raise ValueError(
                 "audit.observers may list 'oracle' in simulation only, got federation.engine='deployment': "
@@ -217,7 +244,14 @@ class RunConfig(Section):
             )
         if self.train.optimizer == "adam" and self.train.momentum:
             raise ValueError(
-                f"train.momentum belongs to train.optimizer='sgd', got {self.train.momentum} with 'adam': set it to 0"
+                "train.momentum belongs to train.optimizer='sgd', "
+                f"got {self.train.momentum} with 'adam': set it to 0"
+            )
+        attacked = ints(self.attack.rounds) if self.attack.names else ()
+        if not all(1 <= number <= self.federation.rounds for number in attacked):
+            raise ValueError(
+                f"attack.rounds may list rounds 1 to {self.federation.rounds} (federation.rounds), "
+                f"got {self.attack.rounds!r}: change one of the two"
             )
         return self
 
@@ -230,8 +264,8 @@ class RunConfig(Section):
         """
         nested: dict[str, Any] = {}
         for key, value in flat.items():
-            table, _, leaf = key.rpartition(".")
             _check_key(key)
+            table, _, leaf = key.rpartition(".")
             (nested.setdefault(table, {}) if table else nested)[leaf] = value
         try:
             return cls.model_validate(nested)
@@ -240,8 +274,7 @@ class RunConfig(Section):
 
     def flat(self) -> dict[str, Scalar]:
         """Dotted keys and their values, defaults included."""
-        nested = self.model_dump(by_alias=True)
-        return dict(flatten(nested))
+        return flatten(self.model_dump(by_alias=True))
 
     def with_(self, **changes: Scalar) -> "RunConfig":
         """A copy with dotted keys changed; ``__`` stands for the dot and ``_`` for the hyphen."""
@@ -281,21 +314,29 @@ def load_config(source: str | Path, overrides: Mapping[str, Scalar] | None = Non
     Raises:
         ConfigError: if the file is missing, is not TOML, or breaks the schema.
     """
-    path = Path(source)
-    if not path.is_file():
-        known = presets()
-        # a wheel has no configs/ folder beside it: configs/quickstart.toml still names the preset
-        if path.stem not in known or path.suffix not in ("", ".toml"):
-            raise ConfigError(
-                f"a configuration is a TOML file or a preset's name, got {str(source)!r}: "
-                f"the presets are {', '.join(known)}"
-            )
-        path = known[path.stem]
+    path = _config_file(source)
     try:
         nested = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigError(f"a configuration is TOML in UTF-8, got {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"a configuration must be readable, got {str(path)!r}: {error.strerror}") from error
     return RunConfig.from_flat({**flatten(nested), **(overrides or {})})
+
+
+def _config_file(source: str | Path) -> Path:
+    path, known = Path(source), presets()
+    if str(path) in known:
+        return known[str(path)]
+    if path.is_file():
+        return path
+    # a wheel has no configs/ folder beside it: configs/quickstart.toml still names the preset
+    if path.parent == Path("configs") and path.suffix == ".toml" and path.stem in known:
+        return known[path.stem]
+    raise ConfigError(
+        f"a configuration is a TOML file or a preset's name, got {str(source)!r}: "
+        f"the presets are {', '.join(known)}"
+    )
 
 
 def parse_override(text: str) -> tuple[str, Scalar]:
@@ -316,13 +357,14 @@ def parse_override(text: str) -> tuple[str, Scalar]:
     return key.strip(), parsed
 
 
+@cache
 def known_keys() -> tuple[str, ...]:
     """Every dotted key of the schema."""
     return tuple(RunConfig().flat())
 
 
 def _check_key(key: str) -> None:
-    keys = known_keys_cached()
+    keys = known_keys()
     if key in keys:
         return
     near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
@@ -330,26 +372,16 @@ def _check_key(key: str) -> None:
     raise ConfigError(f"there is no configuration key {key!r}: {hint}")
 
 
-_KEYS: list[str] = []
-
-
-def known_keys_cached() -> tuple[str, ...]:
-    """`known_keys`, computed once."""
-    if not _KEYS:
-        _KEYS.extend(known_keys())
-    return tuple(_KEYS)
-
-
 def _sentence(error: ValidationError, flat: Mapping[str, Any]) -> str:
     first = error.errors()[0]
     key = ".".join(str(piece) for piece in first["loc"])
     message = first["msg"]
-    rule = message.removeprefix("Value error, ")
-    if not key:
-        return rule
-    if key not in known_keys_cached():  # a whole section's rule: the sentence names its keys itself
-        return f"[{key}]: {rule}"
-    value = flat.get(key, first.get("input"))
-    if rule == message:
+    if first["type"] == "value_error":
+        rule = message.removeprefix("Value error, ")
+    else:
         rule = f"it must be {message.removeprefix('Input should be ')}"
-    return f"{key} = {value!r} is not allowed: {rule}"
+    if key not in known_keys():  # a rule about several keys: its sentence names them itself
+        return rule
+    if isinstance(flat[key], list):
+        rule += ", and a list is written as one text, 'a, b'"
+    return f"{key} = {flat[key]!r} is not allowed: {rule}"

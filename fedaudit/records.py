@@ -13,12 +13,12 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from fedaudit.errors import RecordError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
+_VERSION_KEY = "fedaudit-schema"
 Status = Literal["ok", "skipped", "failed", "rejected"]
 
 
@@ -79,16 +80,21 @@ class AuditRecord:
     extra: str = "{}"
 
 
-def _schema() -> "pa.Schema":
+@cache
+def schema() -> "pa.Schema":
+    """The columns of an audit file, from the annotations of AuditRecord; `X | None` may be null."""
     import pyarrow as pa
 
-    kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "Status": pa.string()}
-    pairs = []
-    for f in fields(AuditRecord):
-        annotation = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
-        first = str(annotation).split(" | ")[0]
-        pairs.append((f.name, kinds.get(first, pa.string())))
-    return pa.schema(pairs, metadata={"fedaudit-schema": str(SCHEMA_VERSION)})
+    types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    columns = []
+    for name, annotation in get_type_hints(AuditRecord).items():
+        choices = set(get_args(annotation)) or {annotation}  # of X | None, of Literal["a", "b"], of X
+        kinds = {type(choice) if isinstance(choice, str) else choice for choice in choices}
+        (kind,) = kinds - {type(None)}
+        # Flower draws node ids from all 64 bits: they do not fit a signed integer
+        arrow = pa.uint64() if name in ("client_id", "node_id") else types[kind]
+        columns.append(pa.field(name, arrow, nullable=type(None) in kinds))
+    return pa.schema(columns, metadata={_VERSION_KEY: str(SCHEMA_VERSION)})
 
 
 class AuditLog:
@@ -109,30 +115,53 @@ class AuditLog:
         return self.audit / f"round-{round_number:05d}.parquet"
 
     def write_round(self, round_number: int, records: Sequence[AuditRecord]) -> Path:
-        """Write the records of one round atomically."""
+        """Write the records of one round atomically.
+
+        Raises:
+            RecordError: if a record does not fit the schema.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.Table.from_pylist([asdict(record) for record in records], schema=_schema())
         path = self.round_file(round_number)
-        temporary = path.with_name(f".{path.name}.part")
-        pq.write_table(table, temporary)
-        temporary.replace(path)
+        try:
+            table = pa.Table.from_pylist([asdict(record) for record in records], schema=schema())
+            with _atomically(path) as temporary:
+                pq.write_table(table, temporary)
+        except (pa.ArrowException, OverflowError) as error:
+            raise RecordError(
+                f"a record must keep the types of AuditRecord, round {round_number}: {error}"
+            ) from error
         return path
 
     def drop_rounds_after(self, last: int) -> None:
         """Delete records of rounds later than `last`: a resumed run writes them again."""
-        for path in self.audit.glob("round-*.parquet"):
-            if int(path.stem.removeprefix("round-")) > last:
+        for number, path in _round_files(self.audit):
+            if number > last:
                 path.unlink()
+
+
+def _round_files(audit: Path) -> list[tuple[int, Path]]:
+    """Rounds and their files, in order of round."""
+    return sorted((int(path.stem.removeprefix("round-")), path) for path in audit.glob("round-*.parquet"))
+
+
+@contextmanager
+def _atomically(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with _atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -171,35 +200,61 @@ class Run:
 
     @cached_property
     def records(self) -> "pd.DataFrame":
-        """All records, one row per number, in order of round."""
-        import pandas as pd
-        import pyarrow.parquet as pq
+        """All records, one row per number, in order of round.
 
-        files = sorted((self.path / "audit").glob("round-*.parquet"))
-        if not files:
-            return pd.DataFrame(columns=[f.name for f in fields(AuditRecord)])
+        `client_id` and `node_id` have the nullable dtype "UInt64", so that no digit of an id is lost.
+
+        Raises:
+            RecordError: if a file is damaged or was written with another schema.
+        """
+        import pandas as pd
         import pyarrow as pa
 
-        table = pa.concat_tables([pq.read_table(file) for file in files])
-        frame = table.to_pandas()
-        for column in ("client_id", "node_id"):
-            frame[column] = pd.array(table[column].to_pylist(), dtype="Int64")
+        tables = [_read_round(path) for _, path in _round_files(self.path / "audit")]
+        table = pa.concat_tables(tables) if tables else schema().empty_table()
+        frame: pd.DataFrame = table.to_pandas(types_mapper={pa.uint64(): pd.UInt64Dtype()}.get)
         return frame
+
+
+def _read_round(path: Path) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:  # read_table would make columns of folders named like a=b
+            table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise RecordError(f"an audit file must be whole, got {str(path)!r}: delete it ({error})") from error
+    version = (table.schema.metadata or {}).get(_VERSION_KEY.encode(), b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise RecordError(
+            f"audit files of schema {SCHEMA_VERSION} can be read, got {version} in {str(path)!r}: "
+            "use the fedaudit that wrote it"
+        )
+    return table
 
 
 def load_run(path: str | Path) -> Run:
     """Read a run's folder; works on interrupted runs too.
 
     Raises:
-        RecordError: if the folder holds no run.
+        RecordError: if the folder holds no run, or one of its files is damaged.
     """
     folder = Path(path)
     if not (folder / "audit").is_dir():
         raise RecordError(f"a run is a folder that holds 'audit/', got {str(folder)!r}: give a run's folder")
-    info: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    with suppress(FileNotFoundError):
-        info = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return Run(folder, info, summary)
+    return Run(
+        folder,
+        info=_parsed(folder / "run.toml", tomllib.loads),
+        summary=_parsed(folder / "summary.json", json.loads),
+    )
+
+
+def _parsed(path: Path, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Contents of a file; empty if the run ended before it was written."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:  # of TOML, JSON or UTF-8
+        raise RecordError(f"{path.name} must be valid, got {str(path)!r}: delete it ({error})") from error

@@ -25,7 +25,8 @@ class Entry:
         if callable(self.target):
             return self.target
         module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        factory: Callable[..., Any] = getattr(import_module(module), name)
+        return factory
 
 
 class Registry:
@@ -60,6 +61,10 @@ class Registry:
     def __getitem__(self, name: str) -> Entry:
         self.check(name)
         return self._entries[name]
+
+    def summaries(self) -> dict[str, str]:
+        """Each name and what the part is, in one line."""
+        return {name: entry.summary for name, entry in self._entries.items()}
 
     def check(self, name: str) -> None:
         """Raise a ConfigError that lists what is allowed unless `name` is registered."""

@@ -8,12 +8,15 @@ defenses, measures and attacks. Values are numbers, true/false or plain text.
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedaudit.errors import ConfigError
+
+Scalar = int | float | bool | str
 
 _PART = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\(([^()]*)\))?\s*(?:,|$)")
 _OPTION = re.compile(r"\s*([A-Za-z][\w-]*)\s*=\s*([^,=]*?)\s*$")
@@ -28,7 +31,7 @@ class Spec:
     """
 
     name: str
-    options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+    options: Mapping[str, Scalar] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.options:
@@ -88,53 +91,69 @@ def build(spec: Spec, factory: Callable[..., Any], /, **given: Any) -> Any:
             known = ", ".join(sorted(o.replace("_", "-") for o in allowed)) or "none"
             raise ConfigError(f"{spec.name} has no option {key!r}: its options are {known}")
         arguments[name] = _checked(spec.name, key, value, allowed[name])
+    needed = [n.replace("_", "-") for n in _required(factory) if n not in arguments]
+    if needed:
+        raise ConfigError(f"{spec.name} needs {', '.join(needed)}: write {spec.name}({needed[0]}=...)")
     try:
         return factory(**arguments)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{spec} cannot be used: {error}") from error
 
 
 def options_of(factory: Callable[..., Any], exclude: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Option names of a factory and their annotations."""
-    target = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
-    hints = get_type_hints(target)
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {
-        name: hints.get(name, Any)
-        for name, parameter in inspect.signature(factory).parameters.items()
-        if name not in exclude and parameter.kind not in variadic
-    }
+    """Option names of a factory and their annotations.
+
+    >>> def clip(x, norm: float = 1.0): ...
+    >>> options_of(clip, exclude=frozenset({"x"}))
+    {'norm': <class 'float'>}
+    """
+    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    return {name: hints.get(name, Any) for name in _parameters(factory) if name not in exclude}
+
+
+def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in by_name}
+
+
+def _required(factory: Callable[..., Any]) -> list[str]:
+    return [n for n, p in _parameters(factory).items() if p.default is inspect.Parameter.empty]
 
 
 def _checked(part: str, key: str, value: Any, annotation: Any) -> Any:
+    # numbers are read before the annotation is known: an option that is text may look like one;
+    # true and false are never numbers, although Python says so
+    config = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-        return adapter.validate_python(value)
+        return TypeAdapter(annotation, config=config).validate_python(
+            value, strict=isinstance(value, bool) or None
+        )
     except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise ConfigError(f"{part}({key}={value!r}) is not usable: {problem}") from error
+        rule = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise ConfigError(f"{part}({key}={_write(value)}) is not allowed: it must be {rule}") from error
 
 
-def _parse_options(text: str, whole: str) -> dict[str, int | float | bool | str]:
-    options: dict[str, int | float | bool | str] = {}
+def _parse_options(text: str, whole: str) -> dict[str, Scalar]:
+    options: dict[str, Scalar] = {}
     for piece in filter(str.strip, text.split(",")):
         match = _OPTION.match(piece)
         if match is None:
             raise ConfigError(f"an option is written key=value, got {piece.strip()!r} in {whole!r}: fix it")
-        options[match[1]] = _scalar(match[2])
+        key = match[1].replace("_", "-")
+        if key in options:
+            raise ConfigError(f"an option is given once, got {key!r} again in {whole!r}: remove one")
+        options[key] = _scalar(match[2])
     return options
 
 
-def _scalar(text: str) -> int | float | bool | str:
+def _scalar(text: str) -> Scalar:
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
-def _write(value: int | float | bool | str) -> str:
+def _write(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

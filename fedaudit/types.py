@@ -198,6 +198,17 @@ class Estimate:
     extra: Mapping[str, float | int | str | bool] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Skip:
+    """Stands in a measure's answer where one update cannot be measured while the others can.
+
+    Attributes:
+        reason: why, as a phrase that can follow "skipped: ".
+    """
+
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
     """What an attack recovered.
@@ -234,8 +245,33 @@ class Measure(Protocol):
         """What this observer must know."""
         ...
 
-    def __call__(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> Sequence[Estimate]:
-        """The estimates for these updates."""
+    def __call__(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> Sequence[Estimate | Skip]:
+        """The estimates for these updates; `Skip` where one update cannot be measured."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The examples behind an update; only a simulation's oracle has them, to score attacks with.
+
+    Attributes:
+        x: the examples the client used in this round, each once (n, *input_shape).
+        y: their labels (n,).
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+class Oracle(Protocol):
+    """Looks at the clients' data; exists in simulation only."""
+
+    def evidence(self, update: ClientUpdate) -> LocalEvidence:
+        """The client's local examples."""
+        ...
+
+    def truth(self, update: ClientUpdate) -> Truth:
+        """The examples the client really used for this update."""
         ...
 
 

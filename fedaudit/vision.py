@@ -37,9 +37,9 @@ def import_torchvision() -> ModuleType:
         if _declared or "operator torchvision::" not in str(error):
             raise
     _log.debug("torchvision's extension cannot be loaded by this torch: declaring %s", ", ".join(_MISSING))
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in _MISSING:
-        library.define(name + _SCHEMA)
+        library.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
     _declared.append(library)
     _forget_partial_import()
     return importlib.import_module("torchvision")

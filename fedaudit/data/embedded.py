@@ -45,7 +45,7 @@ def patches(root: str = "", download: bool = False, stride: int = SIZE) -> Datas
     >>> patches().x.shape
     torch.Size([520, 3, 32, 32])
     """
-    photographs = load_sample_images().images
+    photographs = load_sample_images().images  # type: ignore[no-untyped-call]
     most = min(min(p.shape[:2]) for p in photographs) - SIZE
     if not 1 <= stride <= most:
         raise ValueError(f"stride must be from 1 to {most} pixels, got {stride}: use e.g. {SIZE}")

@@ -1,0 +1,98 @@
+"""The reference ClientApp: train locally under the run's defense, measure oneself if asked, send the update."""
+
+from typing import Any
+
+import torch
+from fedaudit.accounting import Ledger
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
+from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedaudit.app import Setup, setup
+from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
+
+from .self_audit import self_audit
+
+LEDGER = "fedaudit-ledger"
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of local training."""
+    made, client = _whoami(context)
+    config: ConfigRecord = message.content["config"]
+    round_number = int(config["server-round"])  # type: ignore[arg-type]
+    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))  # type: ignore[arg-type]
+    x, y = (tensor.to(made.device) for tensor in made.client_data(client))
+    steps = steps_per_round(len(y), settings)
+    release = made.release(len(y))
+    ledger = made.defense.charge(_ledger(context), release, steps, len(y))
+
+    arrays: ArrayRecord = message.content["arrays"]
+    before = to_state_dict(arrays)
+    model = made.worker_model()
+    model.load_state_dict(before)
+    noise = torch.Generator(device=made.device)
+    noise.manual_seed(client_seed(made.config.seed, client, round_number) ^ 1)
+    result = train_locally(
+        model,
+        x,
+        y,
+        made.batches(client, round_number),
+        settings,
+        defense=made.defense,
+        release=release,
+        generator=noise,
+    )
+    after = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    _keep(context, ledger)
+
+    beside: dict[str, Any] = {"partition-id": client, "steps": result.steps}
+    guarantee = made.defense.guarantee(ledger, len(y))
+    if guarantee is not None:
+        beside |= {
+            "epsilon": guarantee.epsilon,
+            "delta": guarantee.delta,
+            "privacy-unit": guarantee.unit,
+            "accountant": guarantee.accountant,
+        }
+    for name, finding, seconds in self_audit(made, client, round_number, before, after):
+        beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
+    metrics = {"num-examples": len(y), "train-loss": result.loss}
+    return reply(message, from_state_dict(after), metrics, beside)
+
+
+@app.evaluate()
+def test(message: Message, context: Context) -> Message:
+    """Loss and accuracy of the global weights on the client's own examples."""
+    made, client = _whoami(context)
+    model = made.worker_model()
+    model.load_state_dict(to_state_dict(message.content["arrays"]))
+    x, y = (tensor.to(made.device) for tensor in made.client_data(client))
+    loss, accuracy = evaluate(model, x, y)
+    metrics = MetricRecord({"num-examples": len(y), "loss": loss, "accuracy": accuracy})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+@app.query("whoami")
+def whoami(message: Message, context: Context) -> Message:
+    """Which partition this node holds, and of how many."""
+    place = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
+    return Message(RecordDict({"whoami": MetricRecord(place)}), reply_to=message)
+
+
+def _whoami(context: Context) -> tuple[Setup, int]:
+    made = setup(context.run_config, int(context.node_config["num-partitions"]))
+    return made, int(context.node_config["partition-id"])
+
+
+def _ledger(context: Context) -> Ledger:
+    if LEDGER not in context.state:
+        return Ledger()
+    return Ledger.from_lists(dict(context.state[LEDGER].items()))
+
+
+def _keep(context: Context, ledger: Ledger) -> None:
+    context.state[LEDGER] = ConfigRecord(dict(ledger.to_lists()))

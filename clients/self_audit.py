@@ -1,0 +1,36 @@
+"""What a client measures about itself: scalars only, and only if the observer "client" is enabled."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from fedaudit.app import Setup
+from fedaudit.auditor import Auditor, Finding, run_measure
+from fedaudit.types import ClientUpdate, Measure
+
+
+def self_audit(
+    made: Setup, client: int, round_number: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Finding, float]]:
+    """Name, finding and seconds of each measure a client may compute on its own examples."""
+    audit = made.config.audit
+    if "client" not in audit.observer_names:
+        return
+    due = round_number in (1, made.config.federation.rounds) or round_number % audit.every == 0
+    if not due:
+        return
+    delta = {name: after[name] - sent for name, sent in before.items() if sent.is_floating_point()}
+    update = ClientUpdate(client, round_number, before, delta, len(made.partitions[client]))
+    ctx = replace(
+        made.context(round_number), observer="client", evidence=made.evidence, reference=None, num_updates=1
+    )
+    for measure in _measures(audit.measures):
+        findings, seconds = run_measure(measure, "client", [update], ctx)
+        yield measure.name, findings[0], seconds
+
+
+@lru_cache(maxsize=2)
+def _measures(specs: str) -> tuple[Measure, ...]:
+    return tuple(measure for measure in Auditor(None, specs).measures if "client" in measure.observers)

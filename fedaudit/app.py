@@ -1,0 +1,321 @@
+"""What the server and the client of a federation share: data, model, training, defense, and a run's life.
+
+Both sides build the same `Setup` from the same configuration, once per process; nothing of it travels.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, lru_cache
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedaudit import __version__
+from fedaudit.config import RunConfig
+from fedaudit.data.dataset import Split, load_dataset, split
+from fedaudit.data.partition import partition
+from fedaudit.defenses.base import Defense
+from fedaudit.errors import FedauditError, RunFailedError
+from fedaudit.models import build_model
+from fedaudit.records import Run, load_run, write_json, write_text
+from fedaudit.registry import DEFENSES
+from fedaudit.spec import parse_spec
+from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round
+from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
+
+logger = logging.getLogger(__name__)
+_VERSIONS = ("torch", "flwr", "opacus", "numpy", "pandas", "scikit-learn", "dp-accounting", "torchmetrics")
+
+
+def summed_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over the batch, in nats; labels are class indices or probabilities (B, C)."""
+    return functional.cross_entropy(outputs, labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything one process needs of a federation, derived from its configuration.
+
+    Attributes:
+        config: the configuration.
+        clients: number of partitions the training data is split into.
+    """
+
+    config: RunConfig
+    clients: int
+
+    @cached_property
+    def data(self) -> Split:
+        """Training, test and reference data."""
+        return split(load_dataset(self.config.data), self.config.data, self.config.seed)
+
+    @cached_property
+    def partitions(self) -> list[Tensor]:
+        """Indices of each client's examples in the training data."""
+        found = partition(self.config.data.partitioner, self.data.train.y, self.clients, self.config.seed)
+        return [torch.as_tensor(indices, dtype=torch.int64) for indices in found]
+
+    def client_data(self, client: int) -> tuple[Tensor, Tensor]:
+        """A client's own examples and labels."""
+        rows = self.partitions[client]
+        return self.data.train.x[rows], self.data.train.y[rows]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self.data.train.x.shape[1:])
+
+    def build_model(self) -> nn.Module:
+        """A fresh model with the run's initial weights."""
+        return build_model(
+            self.config.model.name, self.input_shape, self.data.train.num_classes, self.config.seed
+        )
+
+    @cached_property
+    def _worker(self) -> threading.local:
+        return threading.local()
+
+    def worker_model(self) -> nn.Module:
+        """This thread's one model instance; its weights are whatever was loaded last."""
+        if not hasattr(self._worker, "model"):
+            self._worker.model = self.build_model().to(self.device)
+        return self._worker.model  # type: ignore[no-any-return]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where clients train."""
+        wanted = self.config.federation.device
+        if wanted == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(wanted)
+
+    @cached_property
+    def defense(self) -> Defense:
+        """The defense in force."""
+        return DEFENSES.build(parse_spec(self.config.defense.name))  # type: ignore[no-any-return]
+
+    def settings(self, round_number: int, proximal_mu: float = 0.0) -> TrainSettings:
+        """Local training in a round."""
+        train = self.config.train
+        return TrainSettings(
+            optimizer=train.optimizer,
+            lr=train.lr * train.lr_decay ** (round_number - 1),
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            batch_size=train.batch_size,
+            local_epochs=train.local_epochs,
+            local_steps=train.local_steps,
+            proximal_mu=proximal_mu,
+        )
+
+    def release(self, num_examples: int) -> StepRelease:
+        """What one local step of a client with this many examples makes visible."""
+        planned = steps_per_round(num_examples, self.settings(1)) * self.config.federation.rounds
+        return self.defense.release(num_examples, self.config.train.batch_size, planned)
+
+    def batches(self, client: int, round_number: int) -> list[Tensor]:
+        """Indices of the examples of each local step; a function of seed, client and round alone."""
+        return plan_batches(
+            len(self.partitions[client]),
+            self.settings(round_number),
+            poisson=self.defense.poisson,
+            seed=client_seed(self.config.seed, client, round_number),
+        )
+
+    def context(self, round_number: int) -> RoundContext:
+        """What an honest-but-curious server knows of a round."""
+        settings, data = self.settings(round_number), self.data
+        reference = (data.reference.x, data.reference.y) if len(data.reference.y) else None
+        plain = settings.optimizer == "sgd" and not settings.momentum and not settings.weight_decay
+        return RoundContext(
+            round=round_number,
+            build_model=self.build_model,
+            loss=summed_cross_entropy,
+            lr=settings.lr if plain else None,
+            local_steps=settings.local_steps,
+            local_epochs=settings.local_epochs,
+            batch_size=settings.batch_size,
+            input_shape=self.input_shape,
+            num_classes=data.train.num_classes,
+            value_range=data.train.value_range,
+            reference=reference,
+            release=lambda update: self.release(update.num_examples),
+            seed=client_seed(self.config.seed, 0, round_number),
+            device=str(self.device),
+        )
+
+    def evidence(self, update: ClientUpdate) -> LocalEvidence:
+        """The examples a client trains on (an oracle's view)."""
+        x, y = self.client_data(update.client_id)
+        return LocalEvidence(x, y, self.release(len(y)))
+
+    def truth(self, update: ClientUpdate) -> Truth:
+        """The examples a client used in this round, each once (an oracle's view)."""
+        x, y = self.client_data(update.client_id)
+        used = torch.cat([*self.batches(update.client_id, update.round), torch.empty(0, dtype=torch.int64)])
+        rows = torch.unique(used)
+        return Truth(x[rows], y[rows])
+
+
+@lru_cache(maxsize=4)
+def _setup(items: tuple[tuple[str, Any], ...], clients: int) -> Setup:
+    return Setup(RunConfig.from_flat(dict(items)), clients)
+
+
+def setup(run_config: Mapping[str, Any], clients: int | None = None) -> Setup:
+    """The process's one `Setup` for this configuration.
+
+    Raises:
+        ConfigError: if the configuration breaks the schema.
+        DataError: if the data is missing or cannot be split among so many clients.
+    """
+    known = {key: value for key, value in run_config.items() if not key.startswith("flwr.")}
+    count = clients or int(known.get("federation.clients", RunConfig().federation.clients))
+    return _setup(tuple(sorted(known.items())), count)
+
+
+def reference_module(name: str) -> ModuleType:
+    """A module of the reference app: inside the package in a wheel, beside it in a checkout."""
+    inside = f"fedaudit._app.{name}"
+    return import_module(inside if find_spec("fedaudit._app") is not None else name)
+
+
+def reference_app() -> tuple[Any, Any]:
+    """The ServerApp and the ClientApp."""
+    return reference_module("strategies.server_app").app, reference_module("clients.client_app").app
+
+
+def run_name(config: RunConfig) -> str:
+    """The run's folder name: letters, digits, dots and hyphens of its defense and seed."""
+    if config.output.name:
+        return config.output.name
+    defense = "".join(c if c.isalnum() or c in ".=" else "-" for c in config.defense.name).strip("-")
+    while "--" in defense:
+        defense = defense.replace("--", "-")
+    return f"{defense}-seed{config.seed}"
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run keeps everything."""
+    return Path(config.output.directory) / run_name(config)
+
+
+def check(config: RunConfig) -> Setup:
+    """Build every part the configuration names, so that what is wrong is said before anything runs."""
+    from fedaudit.auditor import Auditor
+
+    made = setup(config.flat())
+    Auditor(None, config.audit.measures, attacks=config.attack.names)
+    made.build_model()
+    for client in range(made.clients):
+        made.release(len(made.partitions[client]))
+    return made
+
+
+def execute(config: RunConfig) -> Run:
+    """Run one federation on this machine and return its records.
+
+    Raises:
+        RunFailedError: if it stopped before its last round; completed rounds are kept.
+    """
+    from fedaudit.report.tables import records_summary
+    from fedaudit.simulation.run import run_federation
+
+    check(config)
+    folder = run_folder(config)
+    describe(config, folder)
+    server_app, client_app = reference_app()
+    federation = config.federation
+    started = time.perf_counter()
+    try:
+        run_federation(
+            server_app,
+            client_app,
+            num_clients=federation.clients,
+            run_config=config.flat(),
+            engine="ray" if federation.engine == "ray" else "in-process",
+            seed=config.seed,
+            workers=federation.workers,
+            gpu_share=federation.gpu_share,
+        )
+    except FedauditError:
+        raise
+    except Exception as error:
+        raise RunFailedError(f"the run in {folder} stopped: {type(error).__name__}: {error}") from error
+    summary = records_summary(load_run(folder).records)
+    write_json(folder / "summary.json", {**summary, "total-seconds": time.perf_counter() - started})
+    return load_run(folder)
+
+
+def describe(config: RunConfig, folder: Path) -> None:
+    """Write run.toml: configuration, versions, seed, revision and machine."""
+    versions = {"fedaudit": __version__, "python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    run = {
+        "name": folder.name,
+        "defense": config.defense.name,
+        "seed": config.seed,
+        "engine": config.federation.engine,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git-revision": _revision(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": "cuda" if torch.cuda.is_available() and config.federation.device != "cpu" else "cpu",
+    }
+    tables = {"run": run, "config": config.flat(), "versions": versions}
+    write_text(folder / "run.toml", _toml(tables))
+
+
+def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of scalars as TOML; a JSON string is a TOML basic string, and dotted keys are quoted."""
+    lines = ["schema = 1"]
+    for name, table in tables.items():
+        lines += [
+            "",
+            f"[{name}]",
+            *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _revision() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def comparisons(config: RunConfig, folder: Path) -> list[RunConfig]:
+    """One configuration per defense and seed, each with a folder of its own inside `folder`."""
+    from fedaudit.config import ints
+
+    return [
+        config.with_(defense__name=str(spec), seed=seed, output__directory=str(folder), output__name="")
+        for spec in config.defense_specs()
+        for seed in ints(config.compare.seeds)
+    ]

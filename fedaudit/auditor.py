@@ -1,0 +1,441 @@
+"""The auditor: which measures and attacks run on a round's updates, and the rows that come of it.
+
+A measure runs where its needs are known; otherwise it becomes a skipped row with the reason. An exception
+becomes a failed row and the federation goes on; `strict` turns either into an error.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedaudit.errors import RunFailedError
+from fedaudit.needs import missing
+from fedaudit.progress import announce
+from fedaudit.records import AuditLog, AuditRecord, Status
+from fedaudit.registry import ATTACKS, MEASURES
+from fedaudit.spec import parse_specs
+from fedaudit.types import (
+    Attack,
+    ClientUpdate,
+    Estimate,
+    Guarantee,
+    Measure,
+    Observer,
+    Oracle,
+    Reconstruction,
+    RoundContext,
+    Skip,
+)
+
+logger = logging.getLogger(__name__)
+ALWAYS_ON = "cohort-gradient-uniqueness, update-norm, update-cosine"
+Finding = Estimate | Skip | Exception
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A client's reply that was not usable, and why."""
+
+    client_id: int
+    node_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClientFinding:
+    """What a client measured about itself and reported."""
+
+    client_id: int
+    node_id: int
+    measure: str
+    finding: Finding
+    seconds: float
+
+
+def run_measure(
+    measure: Measure, observer: Observer, updates: Sequence[ClientUpdate], ctx: RoundContext
+) -> tuple[list[Finding], float]:
+    """One finding per update (or exactly one for a round-wise measure), and the seconds they took."""
+    count = len(updates) if measure.scope == "client" else 1
+    lacking = missing(measure.needs(observer), ctx.known)
+    if lacking:
+        return [Skip(lacking)] * count, 0.0
+    started = time.perf_counter()
+    try:
+        findings: list[Finding] = list(measure(updates, ctx))
+        if len(findings) != count:
+            raise RuntimeError(f"{measure.name} returned {len(findings)} estimates for {count}")
+    except Exception as error:
+        logger.warning("measure %s failed: %s", measure.name, error)
+        findings = [error] * count
+    return findings, time.perf_counter() - started
+
+
+class Auditor:
+    """Measures, attacks and records of one run.
+
+    Args:
+        output: the run's folder; None keeps records in memory only.
+        measures: spec list of measures.
+        context: what the server knows: a RoundContext, or a function of the round that returns one.
+        observers: who measures; "client" admits what clients report, "oracle" needs `oracle`.
+        oracle: looks at the clients' data; simulation only.
+        attacks: spec list of attacks.
+        attack_rounds: rounds whose updates are attacked.
+        attack_clients: how many clients of such a round, lowest ids first.
+        defense: the defense in force, for the records.
+        every: audit every this many rounds; the first and `last_round` always.
+        last_round: the federation's last round; 0 if unknown.
+        strict: raise on a skipped or failed measure instead of recording it alone.
+        save_images: keep originals and reconstructions of attacks under `output`/attacks.
+        save_updates: keep every client's update under `output`/updates as safetensors.
+
+    Raises:
+        ConfigError: if a spec does not name a registered part or has a wrong option.
+        RunFailedError: in a strict audit, when a measure or attack was skipped or failed.
+    """
+
+    def __init__(
+        self,
+        output: str | Path | None = None,
+        measures: str = ALWAYS_ON,
+        *,
+        context: RoundContext | Callable[[int], RoundContext] | None = None,
+        observers: Sequence[Observer] = ("server",),
+        oracle: Oracle | None = None,
+        attacks: str = "",
+        attack_rounds: Sequence[int] = (1,),
+        attack_clients: int = 1,
+        defense: str = "unknown",
+        every: int = 1,
+        last_round: int = 0,
+        strict: bool = False,
+        save_images: bool = False,
+        save_updates: bool = False,
+    ) -> None:
+        self.log = AuditLog(output) if output is not None else None
+        self.run_id = self.log.run_id if self.log else "memory"
+        self.measures: list[Measure] = [MEASURES.build(spec) for spec in parse_specs(measures)]
+        self.attacks: list[Attack] = [ATTACKS.build(spec) for spec in parse_specs(attacks)]
+        self._context = context if callable(context) else lambda _round: context or RoundContext(0)
+        self.observers = tuple(observers)
+        self.oracle = oracle
+        self.attack_rounds = frozenset(attack_rounds)
+        self.attack_clients = attack_clients
+        self.defense = defense
+        self.every = every
+        self.last_round = last_round
+        self.strict = strict
+        self.save_images = save_images
+        self.save_updates = save_updates
+        self._round = 0
+        self.current: list[AuditRecord] = []
+
+    @property
+    def measure_names(self) -> tuple[str, ...]:
+        """Names of the measures."""
+        return tuple(measure.name for measure in self.measures)
+
+    def due(self, round_number: int) -> bool:
+        """Whether this round is measured."""
+        return round_number in (1, self.last_round) or round_number % self.every == 0
+
+    def audit(
+        self,
+        round_number: int,
+        updates: Sequence[ClientUpdate],
+        rejected: Sequence[Rejection] = (),
+        findings: Sequence[ClientFinding] = (),
+        guarantees: Mapping[int, Guarantee] | None = None,
+    ) -> list[AuditRecord]:
+        """Measure and attack one round's updates, write the rows, and return them."""
+        self._start(round_number)
+        ordered = sorted(updates, key=lambda update: update.client_id)
+        rows = _Rows(self.run_id, round_number, self.defense, dict(guarantees or {}))
+        for rejection in rejected:
+            rows.reject(rejection)
+        for update in ordered:
+            rows.reported(update)
+        if self.due(round_number) and ordered:
+            self._measure(ordered, rows)
+            for found in findings:
+                rows.client_finding(found, self._unit(found.measure))
+        if self.save_updates and self.log:
+            for update in ordered:
+                _save_update(self.log.folder / "updates", update)
+        if round_number in self.attack_rounds:
+            for attack in self.attacks:
+                self._attack(attack, ordered[: self.attack_clients], rows)
+        self.add(round_number, rows.records)
+        bad = [row for row in rows.records if row.status in ("skipped", "failed")]
+        if self.strict and bad:
+            raise RunFailedError(
+                f"a strict audit stops on what it cannot measure, got {bad[0].quantity} {bad[0].status} "
+                f"in round {round_number}: {bad[0].reason}"
+            )
+        return rows.records
+
+    def add(self, round_number: int, records: Sequence[AuditRecord]) -> None:
+        """Append rows to a round and write its file again."""
+        self._start(round_number)
+        self.current.extend(records)
+        if self.log:
+            self.log.write_round(round_number, self.current)
+
+    def note(self, round_number: int, quantity: str, value: float, unit: str, kind: str = "exact") -> None:
+        """Append one quantity of the whole round, such as accuracy."""
+        self.add(
+            round_number,
+            [
+                AuditRecord(
+                    self.run_id, round_number, None, quantity, value, unit, kind, "server", self.defense
+                )
+            ],
+        )
+
+    def _start(self, round_number: int) -> None:
+        if round_number != self._round:
+            self._round, self.current = round_number, []
+
+    def _unit(self, name: str) -> str:
+        return next((measure.unit for measure in self.measures if measure.name == name), "1")
+
+    def _contexts(self, updates: Sequence[ClientUpdate]) -> dict[Observer, RoundContext]:
+        round_number = updates[0].round
+        server = replace(
+            self._context(round_number),
+            round=round_number,
+            observer="server",
+            evidence=None,
+            num_updates=len(updates),
+        )
+        contexts: dict[Observer, RoundContext] = {"server": server}
+        if "oracle" in self.observers and self.oracle is not None:
+            contexts["oracle"] = replace(server, observer="oracle", evidence=self.oracle.evidence)
+        return contexts
+
+    def _measure(self, updates: Sequence[ClientUpdate], rows: "_Rows") -> None:
+        contexts = self._contexts(updates)
+        jobs = [
+            (measure, observer)
+            for measure in self.measures
+            for observer in ("server", "oracle")
+            if observer in measure.observers and observer in self.observers
+        ]
+        for number, (measure, observer) in enumerate(jobs, 1):
+            ctx = contexts.get(observer)
+            if ctx is None:
+                findings: list[Finding] = [Skip("needs an oracle, which exists in simulation only")] * len(
+                    updates
+                )
+                seconds = 0.0
+            else:
+                findings, seconds = run_measure(measure, observer, updates, ctx)
+            targets: Sequence[ClientUpdate | None] = updates if measure.scope == "client" else [None]
+            for update, finding in zip(targets, findings, strict=False):
+                rows.add(
+                    measure.name, measure.unit, observer, finding, seconds / max(len(targets), 1), update
+                )
+            announce("audit", number, len(jobs) + len(self.attacks), updates[0].round, name=measure.name)
+
+    def _attack(self, attack: Attack, updates: Sequence[ClientUpdate], rows: "_Rows") -> None:
+        if not updates:
+            return
+        ctx = self._contexts(updates)["server"]
+        lacking = missing(attack.needs, ctx.known)
+        for number, update in enumerate(updates, 1):
+            started = time.perf_counter()
+            if lacking:
+                rows.add(f"{attack.name}.objective", "1", "server", Skip(lacking), 0.0, update)
+                continue
+            try:
+                found = attack.reconstruct(update, ctx)
+            except Exception as error:
+                logger.warning("attack %s failed: %s", attack.name, error)
+                rows.add(
+                    f"{attack.name}.objective", "1", "server", error, time.perf_counter() - started, update
+                )
+                continue
+            seconds = time.perf_counter() - started
+            objective = Estimate(
+                found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps}
+            )
+            rows.add(f"{attack.name}.objective", "1", "server", objective, seconds, update)
+            self._score(attack.name, found, update, ctx, rows)
+            announce("audit", number, len(updates), update.round, name=attack.name)
+
+    def _score(
+        self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: "_Rows"
+    ) -> None:
+        """Scores against the truth: an oracle's rows, apart from the attack that must not see it."""
+        from fedaudit.attacks import scores
+
+        if self.oracle is None:
+            return
+        try:
+            truth = self.oracle.truth(update)
+            results = scores.score(found.x, found.y, truth.x, truth.y, ctx.value_range)
+        except Exception as error:
+            rows.add(f"{name}.psnr", "dB", "oracle", error, 0.0, update)
+            return
+        extra = {**found.conditions, "truth-examples": len(truth.y), "matched": int(results["matched"])}
+        for key, unit in (("psnr", "dB"), ("mse", "1"), ("ssim", "1"), ("label_accuracy", "1")):
+            if key in results:
+                quantity = f"{name}.{key.replace('_', '-')}"
+                rows.add(
+                    quantity, unit, "oracle", Estimate(results[key], unit, "exact", extra=extra), 0.0, update
+                )
+        if self.save_images and self.log:
+            _save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)
+
+
+class _Rows:
+    """Collects the rows of one round; every row of a client carries the client's epsilon."""
+
+    def __init__(
+        self, run_id: str, round_number: int, defense: str, guarantees: dict[int, Guarantee]
+    ) -> None:
+        self.run_id, self.round, self.defense, self.guarantees = run_id, round_number, defense, guarantees
+        self.records: list[AuditRecord] = []
+
+    def _row(self, client: int | None, node: int | None, quantity: str, unit: str, **values: Any) -> None:
+        privacy: dict[str, Any] = {}
+        guarantee = self.guarantees.get(client) if client is not None else None
+        if guarantee is not None:
+            privacy = {
+                "epsilon": guarantee.epsilon,
+                "delta": guarantee.delta,
+                "privacy_unit": guarantee.unit,
+                "accountant": guarantee.accountant,
+            }
+        base = {"kind": "exact", "value": None, "observer": "server"} | values
+        self.records.append(
+            AuditRecord(
+                run_id=self.run_id,
+                round=self.round,
+                client_id=client,
+                node_id=node,
+                quantity=quantity,
+                unit=unit,
+                defense=self.defense,
+                **base,
+                **privacy,
+            )
+        )
+
+    def reject(self, rejection: Rejection) -> None:
+        """A reply that was not used."""
+        self._row(
+            rejection.client_id, rejection.node_id, "update", "1", status="rejected", reason=rejection.reason
+        )
+
+    def reported(self, update: ClientUpdate) -> None:
+        """What a client reports with its update: its loss and its epsilon."""
+        if "train-loss" in update.reported:
+            loss = update.reported["train-loss"]
+            self._row(update.client_id, update.node_id, "train-loss", "nats", value=loss, observer="client")
+        guarantee = self.guarantees.get(update.client_id)
+        if guarantee is not None:
+            self._row(
+                update.client_id,
+                update.node_id,
+                "epsilon",
+                "1",
+                value=guarantee.epsilon,
+                kind="upper",
+                observer="client",
+            )
+
+    def client_finding(self, found: ClientFinding, unit: str) -> None:
+        """What a client measured about itself."""
+        self._finding(
+            found.client_id, found.node_id, found.measure, unit, "client", found.finding, found.seconds
+        )
+
+    def add(
+        self,
+        quantity: str,
+        unit: str,
+        observer: str,
+        finding: Finding,
+        seconds: float,
+        update: ClientUpdate | None,
+    ) -> None:
+        """What the server or the oracle measured."""
+        client, node = (update.client_id, update.node_id) if update is not None else (None, None)
+        self._finding(client, node, quantity, unit, observer, finding, seconds)
+
+    def _finding(
+        self,
+        client: int | None,
+        node: int | None,
+        quantity: str,
+        unit: str,
+        observer: str,
+        finding: Finding,
+        seconds: float,
+    ) -> None:
+        common: dict[str, Any] = {"observer": observer, "seconds": seconds}
+        if isinstance(finding, Estimate):
+            self._row(
+                client,
+                node,
+                quantity,
+                finding.unit,
+                value=float(finding.value),
+                kind=finding.kind,
+                low=finding.low,
+                high=finding.high,
+                extra=json.dumps(dict(finding.extra), sort_keys=True),
+                **common,
+            )
+            return
+        status: Status = "skipped" if isinstance(finding, Skip) else "failed"
+        reason = finding.reason if isinstance(finding, Skip) else f"{type(finding).__name__}: {finding}"
+        self._row(client, node, quantity, unit, status=status, reason=reason, **common)
+
+
+def _save_update(folder: Path, update: ClientUpdate) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"before/{name}": tensor.contiguous() for name, tensor in update.before.items()}
+    tensors |= {f"delta/{name}": tensor.contiguous() for name, tensor in update.delta.items()}
+    save_file(tensors, folder / f"round-{update.round:05d}-client-{update.client_id}.safetensors")
+
+
+def _save_images(
+    folder: Path,
+    name: str,
+    found: Reconstruction,
+    originals: Any,
+    update: ClientUpdate,
+    ctx: RoundContext,
+    results: Mapping[str, float],
+) -> None:
+    from safetensors.torch import save_file
+
+    from fedaudit.attacks import scores
+
+    low, high = ctx.value_range
+    clamped = found.x.detach().cpu().clamp(low, high)
+    rows, columns, _ = scores.match(clamped, originals)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {
+            "original": ((originals[columns] - low) / (high - low)).float().contiguous(),
+            "reconstruction": ((clamped[rows] - low) / (high - low)).float().contiguous(),
+        },
+        folder / f"round-{update.round:05d}-client-{update.client_id}-{name}.safetensors",
+        metadata={
+            "attack": name,
+            "round": str(update.round),
+            "client": str(update.client_id),
+            "psnr": f"{results['psnr']:.4f}",
+            "conditions": json.dumps(dict(found.conditions), sort_keys=True),
+        },
+    )

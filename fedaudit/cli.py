@@ -1,0 +1,267 @@
+"""The command `fedaudit`: run, compare, report, list.
+
+Exit codes: 0 done, 1 a run failed, 2 bad input. Heavy imports wait until a command needs them.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fedaudit import __version__
+from fedaudit.config import Scalar, load_config, parse_override, presets
+from fedaudit.errors import ConfigError, DataError, FedauditError, RecordError, RunFailedError
+
+if TYPE_CHECKING:
+    from fedaudit.config import RunConfig
+    from fedaudit.records import Run
+
+Engine = Literal["in-process", "ray"]
+Kind = Literal[
+    "measures", "attacks", "defenses", "datasets", "partitioners", "models", "strategies", "presets"
+]
+
+cli = typer.Typer(
+    name="fedaudit",
+    help="Federated learning simulation with leakage auditing: what do these updates give away?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="a TOML file, or a preset's name")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one key; repeatable")
+]
+EngineOption = Annotated[Engine | None, typer.Option("--engine", help="where clients run")]
+Output = Annotated[str | None, typer.Option("--output", metavar="DIR", help="folder that results go into")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output, no progress")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedaudit {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Federated learning simulation with leakage auditing: what do these updates give away?"""
+
+
+@cli.command()
+def run(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="a TOML file, or a preset's name")
+    ] = None,
+    set_: Set = None,
+    engine: EngineOption = None,
+    output: Output = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="RUN", help="continue the interrupted run in this folder"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run one federation under audit and write its records and report."""
+    if (config is None) == (resume is None):
+        raise ConfigError("run takes either a CONFIG or --resume RUN: give exactly one")
+    if resume is not None:
+        loaded = _resumed(Path(resume), _overrides(set_, None, None))
+    else:
+        loaded = load_config(str(config), _overrides(set_, engine, output))
+    from fedaudit.app import check, run_folder
+
+    check(loaded)
+    _refuse_overwrite(run_folder(loaded), loaded)
+    finished = _execute_all([loaded], as_json)
+    _finish(finished, finished[0].path / "report.html", as_json)
+
+
+@cli.command()
+def compare(
+    config: Config,
+    set_: Set = None,
+    engine: EngineOption = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Run every defense with every seed of a configuration and set them side by side."""
+    loaded = load_config(config, _overrides(set_, engine, output))
+    from fedaudit.app import check, comparisons
+
+    folder = _fresh(Path(loaded.output.directory) / f"compare-{Path(config).stem}")
+    runs = comparisons(loaded, folder)
+    for each in runs:
+        check(each)
+    finished = _execute_all(runs, as_json)
+    _finish(finished, folder / "report.html", as_json)
+
+
+@cli.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs, or of comparisons")],
+    output: Annotated[
+        str, typer.Option("--output", metavar="FILE", help="where the page goes")
+    ] = "report.html",
+    as_json: Json = False,
+) -> None:
+    """Write the report of finished or interrupted runs."""
+    from fedaudit.records import load_run
+
+    folders = [folder for given in runs for folder in _run_folders(Path(given))]
+    _finish([load_run(folder) for folder in folders], Path(output), as_json)
+
+
+@cli.command("list")
+def list_parts(
+    kind: Annotated[Kind | None, typer.Argument(help="what to list; everything if left out")] = None,
+    as_json: Json = False,
+) -> None:
+    """List measures, attacks, defenses, datasets, partitioners, models, strategies and presets."""
+    from fedaudit import registry
+
+    parts: dict[str, dict[str, str]] = {
+        "measures": registry.MEASURES.summaries(),
+        "attacks": registry.ATTACKS.summaries(),
+        "defenses": registry.DEFENSES.summaries(),
+        "datasets": registry.DATASETS.summaries(),
+        "partitioners": registry.PARTITIONERS.summaries(),
+        "models": registry.MODELS.summaries(),
+        "presets": {name: _first_comment(path) for name, path in presets().items()},
+    }
+    if kind in (None, "strategies"):
+        from fedaudit.app import reference_module
+
+        names = reference_module("strategies.flower_strategies").strategy_names()
+        parts["strategies"] = dict.fromkeys(names, "Flower's own")
+    shown = {kind: parts[kind]} if kind else parts
+    if as_json:
+        print(json.dumps(shown, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, entries in shown.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        for name, summary in entries.items():
+            table.add_row(name, summary)
+        Console().print(table, "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    from click.exceptions import ClickException
+
+    try:
+        result = cli(args=list(argv) if argv is not None else None, standalone_mode=False)
+    except (ConfigError, DataError, RecordError) as error:
+        print(f"fedaudit: {error}", file=sys.stderr)
+        return 2
+    except FedauditError as error:
+        print(f"fedaudit: {error}", file=sys.stderr)
+        return 1
+    except ClickException as error:
+        error.show()
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "fedaudit: interrupted; completed rounds are kept, continue with 'fedaudit run --resume RUN'",
+            file=sys.stderr,
+        )
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def entry() -> None:
+    """Console entry point."""
+    sys.exit(main())
+
+
+def _overrides(pairs: Sequence[str] | None, engine: str | None, output: str | None) -> dict[str, Scalar]:
+    overrides = dict(parse_override(pair) for pair in pairs or ())
+    if engine is not None:
+        overrides["federation.engine"] = engine
+    if output is not None:
+        overrides["output.directory"] = output
+    return overrides
+
+
+def _resumed(folder: Path, overrides: dict[str, Scalar]) -> "RunConfig":
+    from fedaudit.config import RunConfig
+    from fedaudit.records import load_run
+
+    recorded = dict(load_run(folder).info.get("config", {}))
+    if not recorded:
+        raise RecordError(f"{folder} has no run.toml to continue from: start the run anew")
+    place = {"output.directory": str(folder.parent), "output.name": folder.name, "output.resume": True}
+    return RunConfig.from_flat({**recorded, **overrides, **place})
+
+
+def _refuse_overwrite(folder: Path, config: "RunConfig") -> None:
+    if any((folder / "audit").glob("round-*.parquet")) and not config.output.resume:
+        raise ConfigError(
+            f"a run keeps a folder of its own, got {folder} which holds one: "
+            f"give --output or --set output.name=NAME, or continue it with --resume {folder}"
+        )
+
+
+def _fresh(folder: Path) -> Path:
+    number, candidate = 1, folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    inside = sorted(path.parent for path in folder.glob("*/audit"))
+    return [folder] if (folder / "audit").is_dir() or not inside else inside
+
+
+def _execute_all(configs: "Sequence[RunConfig]", quiet: bool) -> "list[Run]":
+    from fedaudit.app import execute
+    from fedaudit.watch import Watch
+
+    with Watch(len(configs), quiet=quiet):
+        return [execute(config) for config in configs]
+
+
+def _finish(runs: "list[Run]", page: Path, as_json: bool) -> None:
+    from fedaudit.report.page import write_report
+    from fedaudit.report.tables import comparison_table, paired_differences
+
+    table = comparison_table(runs)
+    write_report(runs, page)
+    if len(runs) > 1:
+        table.to_csv(page.with_name("comparison.csv"), index=False)
+        paired_differences(runs).to_csv(page.with_name("differences.csv"), index=False)
+    if as_json:
+        rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+        print(
+            json.dumps(
+                {"table": rows, "report": str(page), "runs": [str(run.path) for run in runs]}, indent=2
+            )
+        )
+        return
+    from rich.console import Console
+
+    from fedaudit.report.terminal import rich_table
+
+    console = Console()
+    console.print(rich_table(table))
+    console.print(f"report: {page}")
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+__all__ = ["RunFailedError", "cli", "entry", "main"]

@@ -1,0 +1,165 @@
+"""Flower messages to client updates and back: what is checked before use, and what travels beside an update.
+
+A client's audit scalars travel in one ConfigRecord named "fedaudit"; Flower's strategies ignore it, and
+the one ArrayRecord and the one MetricRecord they insist on stay as they are.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedaudit.errors import BadUpdateError
+from fedaudit.flower.arrays import to_state_dict
+from fedaudit.types import ClientUpdate, Estimate, Skip
+
+AUDIT_RECORD = "fedaudit"
+MEASURE_PREFIX = "measure."
+MOST_EXAMPLES = 10_000_000_000
+
+
+def read_reply(
+    message: Message,
+    broadcast: Mapping[str, Tensor],
+    *,
+    round_number: int,
+    client_ids: Mapping[int, int],
+    weight_key: str = "num-examples",
+) -> ClientUpdate:
+    """The update in a train reply, after every check.
+
+    Args:
+        message: a reply without error.
+        broadcast: what was sent, by name.
+        round_number: server round.
+        client_ids: node id to client id; a node that is not listed keeps its node id.
+        weight_key: the metric that weights the client in aggregation.
+
+    Raises:
+        BadUpdateError: naming the first rule that the reply breaks.
+    """
+    content = message.content
+    state = to_state_dict(_only(content.array_records, "ArrayRecord"))
+    metrics = _only(content.metric_records, "MetricRecord")
+    _check_keys(state, broadcast)
+    delta: dict[str, Tensor] = {}
+    for name, sent in broadcast.items():
+        got = state[name]
+        if got.shape != sent.shape:
+            raise BadUpdateError(
+                f"an array keeps its shape, got {tuple(got.shape)} for {name!r}, sent {tuple(sent.shape)}"
+            )
+        if got.dtype != sent.dtype:
+            raise BadUpdateError(
+                f"an array keeps its dtype, got {got.dtype} for {name!r} instead of {sent.dtype}"
+            )
+        if sent.is_floating_point():
+            difference = got - sent
+            if not _finite(difference):
+                raise BadUpdateError(f"an update is finite, got NaN or infinity in {name!r}")
+            delta[name] = difference
+    node = int(message.metadata.src_node_id)
+    return ClientUpdate(
+        client_id=client_ids.get(node, node),
+        node_id=node,
+        round=round_number,
+        before=broadcast,
+        delta=delta,
+        num_examples=_examples(metrics, weight_key),
+        reported=_reported(content, metrics),
+    )
+
+
+def metric_keys(message: Message) -> frozenset[str]:
+    """Names of the metrics in a reply; Flower demands the same from every client."""
+    return frozenset(key for record in message.content.metric_records.values() for key in record)
+
+
+def audit_record(message: Message) -> Mapping[str, Any]:
+    """The audit scalars a client sent beside its update; empty if it sent none."""
+    if message.has_error():
+        return {}
+    record = message.content.config_records.get(AUDIT_RECORD)
+    return dict(record.items()) if record is not None else {}
+
+
+def reply(
+    message: Message, arrays: ArrayRecord, metrics: Mapping[str, float | int], audit: Mapping[str, Any]
+) -> Message:
+    """A client's answer: arrays, metrics and, beside them, its audit scalars."""
+    content = RecordDict(
+        {
+            "arrays": arrays,
+            "metrics": MetricRecord(dict(metrics)),
+            AUDIT_RECORD: ConfigRecord(dict(audit)),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def encode_finding(finding: Estimate | Skip | Exception, seconds: float) -> str:
+    """What a client-side measure found, as text that fits a ConfigRecord."""
+    if isinstance(finding, Estimate):
+        return json.dumps({"estimate": {**asdict(finding), "extra": dict(finding.extra)}, "seconds": seconds})
+    if isinstance(finding, Skip):
+        return json.dumps({"skip": finding.reason, "seconds": seconds})
+    return json.dumps({"failed": f"{type(finding).__name__}: {finding}", "seconds": seconds})
+
+
+def decode_finding(text: str) -> tuple[Estimate | Skip | Exception, float]:
+    """The finding and its seconds; anything malformed becomes an exception to record."""
+    try:
+        found = json.loads(text)
+        seconds = float(found["seconds"])
+        if "estimate" in found:
+            estimate = Estimate(**found["estimate"])
+            return Estimate(**{**asdict(estimate), "value": float(estimate.value)}), seconds
+        if "skip" in found:
+            return Skip(str(found["skip"])), seconds
+        return RuntimeError(str(found["failed"])), seconds
+    except (ValueError, KeyError, TypeError) as error:
+        return BadUpdateError(f"a client's finding is JSON as this version writes it, got {error}"), 0.0
+
+
+def _only(records: Mapping[str, Any], kind: str) -> Any:
+    if len(records) != 1:
+        raise BadUpdateError(f"a reply holds exactly one {kind}, got {len(records)}")
+    return next(iter(records.values()))
+
+
+def _check_keys(state: Mapping[str, Tensor], broadcast: Mapping[str, Tensor]) -> None:
+    if state.keys() == broadcast.keys():
+        return
+    absent = sorted(broadcast.keys() - state.keys())
+    extra = sorted(state.keys() - broadcast.keys())
+    raise BadUpdateError(f"a reply holds the arrays that were sent, got missing {absent} and extra {extra}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    # a sum is one pass without a temporary; it may overflow although all are finite, so look again then
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _examples(metrics: MetricRecord, weight_key: str) -> int:
+    if weight_key not in metrics:
+        raise BadUpdateError(f"a reply's metrics hold {weight_key!r}, got {sorted(metrics)}")
+    value = metrics[weight_key]
+    if isinstance(value, list) or not math.isfinite(value) or not 0 < value <= MOST_EXAMPLES:
+        raise BadUpdateError(f"{weight_key!r} is one number from 1 to {MOST_EXAMPLES:.0e}, got {value!r}")
+    return max(1, int(value))
+
+
+def _reported(content: RecordDict, metrics: MetricRecord) -> dict[str, float]:
+    scalars = dict(metrics.items())
+    if AUDIT_RECORD in content.config_records:
+        scalars.update(content.config_records[AUDIT_RECORD].items())
+    return {
+        key: float(value)
+        for key, value in scalars.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

@@ -1,0 +1,179 @@
+"""AuditStrategy: wrap any Flower strategy and see, before it aggregates, what every update gives away.
+
+    auditor = Auditor("runs/mine")
+    strategy = AuditStrategy(FedAvg(), auditor)
+    strategy.start(grid, arrays, num_rounds=10)
+
+Order matters: AuditStrategy(DP(FedAvg)) sees what clients sent (an honest-but-curious server);
+DP(AuditStrategy(FedAvg)) sees what the DP wrapper made of it.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedaudit.auditor import Auditor, ClientFinding, Rejection
+from fedaudit.errors import BadUpdateError, ConfigError
+from fedaudit.flower.arrays import to_state_dict
+from fedaudit.flower.messages import (
+    MEASURE_PREFIX,
+    audit_record,
+    decode_finding,
+    metric_keys,
+    read_reply,
+)
+from fedaudit.types import ClientUpdate, Guarantee
+
+logger = logging.getLogger(__name__)
+REJECTED = 0  # Flower's error code for an unknown error
+
+
+class AuditStrategy(Strategy):
+    """A strategy that audits each reply and leaves the wrapped strategy's result bit for bit unchanged.
+
+    Args:
+        strategy: the strategy that samples nodes and aggregates.
+        auditor: measures, attacks and records.
+        client_ids: node id to client id, where it is known; otherwise node ids are recorded.
+        reject_bad_updates: hand a reply that breaks a rule on as a failed client, which is what Flower's
+            strategies know how to handle (FedAvg goes on without it; a DP wrapper, whose noise is
+            calibrated to the number of clients, gives up the round). If False it is handed on untouched.
+        weight_key: the metric that weights a client.
+
+    Raises:
+        ConfigError: if the wrapped strategy overrides `start`, which would bypass the audit.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        auditor: Auditor,
+        *,
+        client_ids: Mapping[int, int] | None = None,
+        reject_bad_updates: bool = True,
+        weight_key: str = "num-examples",
+    ) -> None:
+        if type(strategy).start is not Strategy.start:
+            raise ConfigError(
+                f"a wrapped strategy must not override start(), got {type(strategy).__name__}: "
+                "call its pieces from configure_train and aggregate_train instead"
+            )
+        self.strategy = strategy
+        self.auditor = auditor
+        self.client_ids = dict(client_ids or {})
+        self.reject_bad_updates = reject_bad_updates
+        self.weight_key = weight_key
+        self._broadcast: dict[str, Tensor] = {}
+        self._sent: list[Message] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Configure training as the wrapped strategy does, and remember what is sent to whom."""
+        self._broadcast = dict(to_state_dict(arrays))
+        self._sent = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        return self._sent
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Audit the replies, then let the wrapped strategy aggregate them."""
+        received = list(replies)
+        sent = {message.metadata.message_id: message for message in self._sent}
+        updates: list[ClientUpdate] = []
+        rejected: list[Rejection] = []
+        findings: list[ClientFinding] = []
+        guarantees: dict[int, Guarantee] = {}
+        handed_on: list[Message] = []
+        usual_keys = _usual_metric_keys(received)
+        for message in received:
+            asked = sent.pop(message.metadata.reply_to_message_id, None)
+            # an error that the SuperLink made carries its own id, not the lost node's
+            node = int(asked.metadata.dst_node_id if asked else message.metadata.src_node_id)
+            client = self.client_ids.get(node, node)
+            try:
+                if message.has_error():
+                    raise BadUpdateError(f"the client failed: {message.error.reason}")
+                update = read_reply(
+                    message,
+                    self._broadcast,
+                    round_number=server_round,
+                    client_ids=self.client_ids,
+                    weight_key=self.weight_key,
+                )
+                if metric_keys(message) != usual_keys:
+                    raise BadUpdateError(
+                        f"clients report the same metrics, got {sorted(metric_keys(message))} "
+                        f"instead of {sorted(usual_keys)}"
+                    )
+                beside = audit_record(message)
+                guarantee = _guarantee(beside)
+                if guarantee is not None:
+                    guarantees[client] = guarantee
+                findings += _findings(client, node, beside)
+                updates.append(update)
+                handed_on.append(message)
+            except Exception as error:  # anything a client can send ends here, never in the federation
+                reason = (
+                    str(error) if isinstance(error, BadUpdateError) else f"the reply is unreadable: {error!r}"
+                )
+                rejected.append(Rejection(client, node, reason))
+                replace = self.reject_bad_updates and not message.has_error() and asked is not None
+                handed_on.append(_as_failure(asked, reason) if replace and asked is not None else message)
+        for message in sent.values():
+            node = int(message.metadata.dst_node_id)
+            rejected.append(
+                Rejection(self.client_ids.get(node, node), node, "no reply within the round's timeout")
+            )
+        self.auditor.audit(server_round, updates, rejected, findings, guarantees)
+        return self.strategy.aggregate_train(server_round, handed_on)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Configure evaluation as the wrapped strategy does."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Aggregate evaluation as the wrapped strategy does."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Log this wrapper and the strategy inside it."""
+        logger.info("\t├──> AuditStrategy: %s", ", ".join(self.auditor.measure_names) or "no measures")
+        self.strategy.summary()
+
+    def start(self, *args: Any, **kwargs: Any) -> Result:
+        """Run the federation; records of completed rounds survive whatever ends it."""
+        return super().start(*args, **kwargs)
+
+
+def _usual_metric_keys(replies: Iterable[Message]) -> frozenset[str]:
+    counts = Counter(metric_keys(message) for message in replies if not message.has_error())
+    return counts.most_common(1)[0][0] if counts else frozenset()
+
+
+def _as_failure(asked: Message, reason: str) -> Message:
+    return Message(Error(code=REJECTED, reason=f"rejected: {reason}"), reply_to=asked)
+
+
+def _guarantee(beside: Mapping[str, Any]) -> Guarantee | None:
+    if "epsilon" not in beside:
+        return None
+    unit = "client" if beside["privacy-unit"] == "client" else "example"
+    return Guarantee(float(beside["epsilon"]), float(beside["delta"]), unit, str(beside["accountant"]))
+
+
+def _findings(client: int, node: int, beside: Mapping[str, Any]) -> list[ClientFinding]:
+    found = []
+    for key, text in beside.items():
+        if key.startswith(MEASURE_PREFIX):
+            finding, seconds = decode_finding(str(text))
+            found.append(ClientFinding(client, node, key.removeprefix(MEASURE_PREFIX), finding, seconds))
+    return found

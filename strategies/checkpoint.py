@@ -1,0 +1,162 @@
+"""What a resumed run needs: global weights, the strategies' state and the clients' ledgers, after each round.
+
+Arrays are safetensors, the rest is JSON; nothing is pickled. Only the last complete round is kept.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+from safetensors.numpy import load_file, save_file
+
+from fedaudit.errors import RecordError
+
+_SCALARS = (int, float, bool, str)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after a complete round."""
+
+    round: int
+    arrays: ArrayRecord
+    strategy: dict[str, Any]
+    nodes: dict[int, RecordDict]
+
+
+def save(
+    folder: Path, round_number: int, arrays: ArrayRecord, strategy: Strategy, nodes: Mapping[int, RecordDict]
+) -> None:
+    """Write the state after `round_number` and only then drop the state before it."""
+    tensors = {f"arrays/{name}": array.numpy() for name, array in arrays.items()}
+    scalars: dict[str, Any] = {}
+    for path, value in _state(strategy):
+        if isinstance(value, np.ndarray):
+            tensors[f"strategy/{path}"] = value
+        else:
+            scalars[path] = value
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+        temporary / "arrays.safetensors",
+    )
+    state = {
+        "round": round_number,
+        "order": list(arrays),
+        "strategy": scalars,
+        "nodes": {str(node): _encode(record) for node, record in nodes.items()},
+    }
+    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """The last complete round; None if there is none.
+
+    Raises:
+        RecordError: if the checkpoint is damaged.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)  # the process died between two renames
+    if not (folder / "state.json").is_file():
+        return None
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "arrays.safetensors")
+        arrays = ArrayRecord({name: _array(tensors[f"arrays/{name}"]) for name in state["order"]})
+        values = dict(state["strategy"])
+        values |= {k.removeprefix("strategy/"): v for k, v in tensors.items() if k.startswith("strategy/")}
+        nodes = {int(node): _decode(record) for node, record in state["nodes"].items()}
+    except (ValueError, KeyError, OSError) as error:
+        raise RecordError(f"{folder} holds no readable checkpoint ({error}): start the run anew") from error
+    return Checkpoint(int(state["round"]), arrays, values, nodes)
+
+
+def restore(strategy: Strategy, values: Mapping[str, Any]) -> None:
+    """Put saved values back into a freshly built strategy and the ones it wraps."""
+    grouped: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        owner, attribute, *key = path.split("|")
+        grouped.setdefault(owner, {})
+        if key:
+            grouped[owner].setdefault(attribute, {})[key[0]] = value
+        else:
+            grouped[owner][attribute] = value
+    for depth, layer in enumerate(_layers(strategy)):
+        for attribute, value in grouped.get(str(depth), {}).items():
+            setattr(layer, attribute, _shaped(value) if isinstance(value, dict) else value)
+
+
+def _shaped(parts: dict[str, Any]) -> Any:
+    keys = list(parts)
+    if all(key.startswith("[") for key in keys):
+        return [parts[key] for key in sorted(keys, key=lambda key: int(key[1:]))]
+    if all(key.startswith("@") for key in keys):
+        return ArrayRecord({key[1:]: _array(parts[key]) for key in keys})
+    return parts
+
+
+def _layers(strategy: Strategy) -> list[Strategy]:
+    layers = [strategy]
+    while isinstance(inner := getattr(layers[-1], "strategy", None), Strategy):
+        layers.append(inner)
+    return layers
+
+
+def _state(strategy: Strategy) -> list[tuple[str, Any]]:
+    """Arrays and numbers that Flower's strategies keep between rounds, by 'depth|attribute|key'."""
+    found: list[tuple[str, Any]] = []
+    for depth, layer in enumerate(_layers(strategy)):
+        if type(layer).__module__.split(".")[0] != "flwr":
+            continue  # our own wrappers are rebuilt from the configuration
+        for attribute, value in vars(layer).items():
+            path = f"{depth}|{attribute}"
+            if isinstance(value, np.ndarray):
+                found.append((path, value))
+            elif isinstance(value, np.generic):
+                found.append((path, value.item()))
+            elif isinstance(value, ArrayRecord):
+                found += [(f"{path}|@{key}", array.numpy()) for key, array in value.items()]
+            elif isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
+                found += [(f"{path}|{key}", array) for key, array in value.items()]
+            elif isinstance(value, list) and value and all(isinstance(v, np.ndarray) for v in value):
+                found += [(f"{path}|[{index}", array) for index, array in enumerate(value)]
+            elif isinstance(value, _SCALARS):
+                found.append((path, value))
+    return found
+
+
+def _array(values: np.ndarray[Any, Any]) -> Any:
+    from flwr.app import Array
+
+    return Array(np.asarray(values))
+
+
+def _encode(record: RecordDict) -> dict[str, Any]:
+    encoded: dict[str, Any] = {}
+    for name, part in record.items():
+        if not isinstance(part, (ConfigRecord, MetricRecord)):
+            raise RecordError(
+                f"a client's state holds metrics and settings, got {type(part).__name__} in {name!r}"
+            )
+        encoded[name] = {"kind": type(part).__name__, "values": dict(part.items())}
+    return encoded
+
+
+def _decode(encoded: Mapping[str, Any]) -> RecordDict:
+    kinds = {"ConfigRecord": ConfigRecord, "MetricRecord": MetricRecord}
+    return RecordDict({name: kinds[part["kind"]](part["values"]) for name, part in encoded.items()})

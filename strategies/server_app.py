@@ -1,0 +1,190 @@
+"""The reference ServerApp: a Flower strategy by name under AuditStrategy, evaluated, recorded, resumable."""
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
+from fedaudit.simulation.in_process import InProcessGrid
+from fedaudit.training import evaluate
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from safetensors.numpy import save_file
+
+from fedaudit.app import Setup, describe, run_folder, setup
+from fedaudit.auditor import Auditor
+from fedaudit.config import ints
+from fedaudit.errors import ConfigError, RunFailedError
+from fedaudit.flower.strategy import AuditStrategy
+from fedaudit.progress import announce
+
+from . import checkpoint
+from .flower_strategies import build_strategy
+from .rounds import SeededRounds
+
+logger = logging.getLogger(__name__)
+SIMULATION_GRIDS = ("InProcessGrid", "InMemoryGrid")
+WAIT_SECONDS = 600
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation the run-config describes."""
+    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))  # type: ignore[arg-type]
+    made = setup(context.run_config, len(client_ids))
+    config = made.config
+    simulated = type(grid).__name__ in SIMULATION_GRIDS
+    if "oracle" in config.audit.observer_names and not simulated:
+        raise ConfigError(
+            "the observer 'oracle' exists in simulation only, got a deployment: take it out of audit.observers"
+        )
+    folder = run_folder(config)
+    if not (folder / "run.toml").exists():
+        describe(config, folder)
+    federation = config.federation
+    auditor = Auditor(
+        folder,
+        config.audit.measures,
+        context=made.context,
+        observers=config.audit.observer_names,
+        oracle=made if simulated else None,
+        attacks=config.attack.names,
+        attack_rounds=ints(config.attack.rounds),
+        attack_clients=config.attack.clients,
+        defense=config.defense.name,
+        every=config.audit.every,
+        last_round=federation.rounds,
+        strict=config.audit.strict,
+        save_images=config.attack.save_images,
+        save_updates=config.audit.save_updates,
+    )
+    inner = build_strategy(
+        config.strategy.name,
+        clients=len(client_ids),
+        fraction_train=federation.fraction_train,
+        min_available=len(client_ids),
+    )
+    audited = AuditStrategy(
+        inner, auditor, client_ids=client_ids, reject_bad_updates=federation.reject_bad_updates
+    )
+    run(grid, made, auditor, audited, folder)
+
+
+def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folder: Path) -> None:
+    """Start, or continue, and keep the final weights."""
+    config, federation = made.config, made.config.federation
+    start = _resume(grid, auditor, audited, folder) if config.output.resume else None
+    done = start.round if start else 0
+    arrays = start.arrays if start else from_state_dict(made.build_model().state_dict())
+    announce("run", done, federation.rounds, done, name=folder.name, clients=made.clients)
+    clock = _Clock()
+
+    def after_round(number: int, current: ArrayRecord) -> MetricRecord | None:
+        if number == 0 and done:
+            return None
+        round_number = number + done
+        metrics: dict[str, float] = {}
+        last = round_number == federation.rounds
+        if round_number % federation.evaluate_every == 0 or last or round_number == 0:
+            loss, accuracy = _evaluate(made, current)
+            metrics = {"loss": loss, "accuracy": accuracy}
+            auditor.note(round_number, "accuracy", accuracy, "1")
+            auditor.note(round_number, "loss", loss, "nats")
+        auditor.note(round_number, "round-seconds", clock.lap(), "s")
+        if isinstance(grid, InProcessGrid):
+            checkpoint.save(folder / "checkpoint", round_number, current, audited, grid.node_states())
+        announce(
+            "round", round_number, federation.rounds, round_number, **metrics, records=list(auditor.current)
+        )
+        return MetricRecord(dict(metrics)) if metrics else None
+
+    result = SeededRounds(audited, config.seed, done).start(
+        grid=grid,
+        initial_arrays=arrays,
+        num_rounds=federation.rounds - done,
+        timeout=federation.round_timeout,
+        evaluate_fn=after_round,
+    )
+    final = result.arrays if len(result.arrays) else arrays
+    save_file({k: np.ascontiguousarray(v.numpy()) for k, v in final.items()}, folder / "weights.safetensors")
+
+
+def meet(grid: Grid, expected: int) -> dict[int, int]:
+    """Node id to partition id of every node, once as many are there as they say there are partitions.
+
+    Raises:
+        RunFailedError: if nodes do not answer or two of them hold one partition.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    found: dict[int, int] = {}
+    while not found:
+        nodes = list(grid.get_node_ids())
+        if nodes:
+            found = _ask(grid, nodes)
+            total = found.pop(-1, expected)
+            if len(found) < total:
+                found = {}
+        if not found:
+            if time.monotonic() > deadline:
+                raise RunFailedError(
+                    f"nodes must join within {WAIT_SECONDS} s, got {len(nodes)}: start more of them"
+                )
+            time.sleep(0.5)
+    if sorted(found.values()) != list(range(len(found))):
+        raise RunFailedError(
+            f"each node holds one partition from 0 to {len(found) - 1}, got {sorted(found.values())}: "
+            "set partition-id in each node's --node-config"
+        )
+    return found
+
+
+def _ask(grid: Grid, nodes: Iterable[int]) -> dict[int, int]:
+    messages = [Message(RecordDict(), node, "query.whoami") for node in nodes]
+    found: dict[int, int] = {}
+    for message in grid.send_and_receive(messages, timeout=60):
+        if message.has_error():
+            logger.warning("a node did not say who it is: %s", message.error.reason)
+            continue
+        place = message.content["whoami"]
+        found[message.metadata.src_node_id] = int(place["partition-id"])  # type: ignore[arg-type]
+        found[-1] = int(place["num-partitions"])  # type: ignore[arg-type]
+    return found
+
+
+def _resume(
+    grid: Grid, auditor: Auditor, audited: AuditStrategy, folder: Path
+) -> checkpoint.Checkpoint | None:
+    if not isinstance(grid, InProcessGrid):
+        raise ConfigError(
+            "a run is resumed by the in-process engine only: set federation.engine='in-process'"
+        )
+    start = checkpoint.load(folder / "checkpoint")
+    if start is None:
+        return None
+    checkpoint.restore(audited, start.strategy)
+    grid.restore_node_states(start.nodes)
+    if auditor.log:
+        auditor.log.drop_rounds_after(start.round)
+    return start
+
+
+def _evaluate(made: Setup, arrays: ArrayRecord) -> tuple[float, float]:
+    model = made.worker_model()
+    model.load_state_dict(to_state_dict(arrays))
+    test = made.data.test
+    return evaluate(model, test.x.to(made.device), test.y.to(made.device))
+
+
+class _Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        return passed
