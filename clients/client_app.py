@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
-from fedaudit.flower.arrays import from_state_dict, to_state_dict
+from fedaudit.flower.arrays import copy_into, from_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
 from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
 
@@ -31,9 +31,9 @@ def train(message: Message, context: Context) -> Message:
     ledger = made.defense.charge(_ledger(context), release, steps, len(y))
 
     arrays: ArrayRecord = message.content["arrays"]
-    before = to_state_dict(arrays)
     model = made.worker_model()
-    model.load_state_dict(before)
+    weights = model.state_dict()  # the model's own tensors, before and after training
+    copy_into(weights, arrays)
     noise = torch.Generator(device=made.device)
     noise.manual_seed(client_seed(made.config.seed, client, round_number) ^ 1)
     result = train_locally(
@@ -45,8 +45,9 @@ def train(message: Message, context: Context) -> Message:
         defense=made.defense,
         release=release,
         generator=noise,
+        device=made.device,
     )
-    after = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    after = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     _keep(context, ledger)
 
     beside: dict[str, Any] = {"partition-id": client, "steps": result.steps}
@@ -58,7 +59,7 @@ def train(message: Message, context: Context) -> Message:
             "privacy-unit": guarantee.unit,
             "accountant": guarantee.accountant,
         }
-    for name, finding, seconds in self_audit(made, client, round_number, before, after):
+    for name, finding, seconds in self_audit(made, client, round_number, arrays, after):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
     if guarantee is None:  # the loss is a function of the data that no noise protects
@@ -71,7 +72,7 @@ def test(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global weights on the client's own examples."""
     made, client = _whoami(context)
     model = made.worker_model()
-    model.load_state_dict(to_state_dict(message.content["arrays"]))
+    copy_into(model.state_dict(), message.content["arrays"])
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     loss, accuracy = evaluate(model, x, y)
     metrics = MetricRecord({"num-examples": len(y), "loss": loss, "accuracy": accuracy})
@@ -97,4 +98,5 @@ def _ledger(context: Context) -> Ledger:
 
 
 def _keep(context: Context, ledger: Ledger) -> None:
-    context.state[LEDGER] = ConfigRecord(dict(ledger.to_lists()))
+    if ledger.history:
+        context.state[LEDGER] = ConfigRecord(dict(ledger.to_lists()))
