@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
-from fedaudit.errors import ConfigError
-from fedaudit.flower.arrays import from_state_dict, to_state_dict
+from fedaudit.flower.arrays import copy_into, from_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
 from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
 
@@ -23,17 +22,18 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     made, client = _whoami(context)
-    config: dict[str, Any] = dict(message.content.config_records["config"].items())
-    round_number = int(config["server-round"])
-    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))
+    config: ConfigRecord = message.content["config"]
+    round_number = int(config["server-round"])  # type: ignore[arg-type]
+    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))  # type: ignore[arg-type]
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     steps = steps_per_round(len(y), settings)
     release = made.release(len(y))
     ledger = made.defense.charge(_ledger(context), release, steps, len(y))
 
-    before = to_state_dict(message.content.array_records["arrays"])
+    arrays: ArrayRecord = message.content["arrays"]
     model = made.worker_model()
-    model.load_state_dict(before)
+    weights = model.state_dict()  # the model's own tensors, before and after training
+    copy_into(weights, arrays)
     noise = torch.Generator(device=made.device)
     noise.manual_seed(client_seed(made.config.seed, client, round_number) ^ 1)
     result = train_locally(
@@ -45,8 +45,9 @@ def train(message: Message, context: Context) -> Message:
         defense=made.defense,
         release=release,
         generator=noise,
+        device=made.device,
     )
-    after = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    after = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     _keep(context, ledger)
 
     beside: dict[str, Any] = {"partition-id": client, "steps": result.steps}
@@ -58,7 +59,7 @@ def train(message: Message, context: Context) -> Message:
             "privacy-unit": guarantee.unit,
             "accountant": guarantee.accountant,
         }
-    for name, finding, seconds in self_audit(made, client, round_number, before, after):
+    for name, finding, seconds in self_audit(made, client, round_number, arrays, after):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
     if guarantee is None:  # the loss is a function of the data that no noise protects
@@ -71,7 +72,7 @@ def test(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global weights on the client's own examples."""
     made, client = _whoami(context)
     model = made.worker_model()
-    model.load_state_dict(to_state_dict(message.content.array_records["arrays"]))
+    copy_into(model.state_dict(), message.content["arrays"])
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     loss, accuracy = evaluate(model, x, y)
     metrics = MetricRecord({"num-examples": len(y), "loss": loss, "accuracy": accuracy})
@@ -81,31 +82,13 @@ def test(message: Message, context: Context) -> Message:
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which partition this node holds, and of how many."""
-    client, clients = _place(context)
-    place = MetricRecord({"partition-id": client, "num-partitions": clients})
-    return Message(RecordDict({"whoami": place}), reply_to=message)
+    place = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
+    return Message(RecordDict({"whoami": MetricRecord(place)}), reply_to=message)
 
 
 def _whoami(context: Context) -> tuple[Setup, int]:
-    client, clients = _place(context)
-    return setup(context.run_config, clients), client
-
-
-def _place(context: Context) -> tuple[int, int]:
-    """This node's partition and how many there are, as its operator wrote them."""
-    try:
-        client, clients = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"a node's --node-config holds the whole numbers partition-id and num-partitions, "
-            f"got {dict(context.node_config)}: set both"
-        ) from error
-    if not 0 <= client < clients:
-        raise ConfigError(
-            f"partition-id is a number from 0 to num-partitions - 1 = {clients - 1}, "
-            f"got {client}: correct the node's --node-config"
-        )
-    return client, clients
+    made = setup(context.run_config, int(context.node_config["num-partitions"]))
+    return made, int(context.node_config["partition-id"])
 
 
 def _ledger(context: Context) -> Ledger:
@@ -115,4 +98,5 @@ def _ledger(context: Context) -> Ledger:
 
 
 def _keep(context: Context, ledger: Ledger) -> None:
-    context.state[LEDGER] = ConfigRecord(dict(ledger.to_lists()))
+    if ledger.history:
+        context.state[LEDGER] = ConfigRecord(dict(ledger.to_lists()))

@@ -4,15 +4,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedaudit.app import Setup
 from fedaudit.auditor import Auditor, Finding, run_measure
+from fedaudit.flower.arrays import to_state_dict
 from fedaudit.types import ClientUpdate, Measure
 
 
 def self_audit(
-    made: Setup, client: int, round_number: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    made: Setup, client: int, round_number: int, arrays: ArrayRecord, after: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Finding, float]]:
     """Name, finding and seconds of each measure a client may compute on its own examples."""
     audit = made.config.audit
@@ -21,6 +23,7 @@ def self_audit(
     due = round_number in (1, made.config.federation.rounds) or round_number % audit.every == 0
     if not due:
         return
+    before = to_state_dict(arrays)
     delta = {name: after[name] - sent for name, sent in before.items() if sent.is_floating_point()}
     update = ClientUpdate(client, round_number, before, delta, len(made.partitions[client]))
     ctx = replace(

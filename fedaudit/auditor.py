@@ -7,7 +7,8 @@ becomes a failed row and the federation goes on; `strict` turns either into an e
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ class Auditor:
         self.save_images = save_images
         self.save_updates = save_updates
         self._round = 0
+        self._held = self._unwritten = False
         self.current: list[AuditRecord] = []
 
     @property
@@ -180,11 +182,32 @@ class Auditor:
         return rows.records
 
     def add(self, round_number: int, records: Sequence[AuditRecord]) -> None:
-        """Append rows to a round and write its file again."""
+        """Append rows to a round and write its file again, unless files are held."""
         self._start(round_number)
         self.current.extend(records)
-        if self.log:
-            self.log.write_round(round_number, self.current)
+        self._unwritten = True
+        if not self._held:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the current round's file if it lacks rows."""
+        if self._unwritten and self.log:
+            self.log.write_round(self._round, self.current)
+        self._unwritten = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block a round's file is written by `flush`, by the next round and at the block's end.
+
+        For a caller that adds several rows to a round and knows when it is complete: without the block every
+        addition writes the file. The end of the block writes after an error, too.
+        """
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self.flush()
 
     def note(self, round_number: int, quantity: str, value: float, unit: str, kind: str = "exact") -> None:
         """Append one quantity of the whole round, such as accuracy."""
@@ -199,6 +222,7 @@ class Auditor:
 
     def _start(self, round_number: int) -> None:
         if round_number != self._round:
+            self.flush()
             self._round, self.current = round_number, []
 
     def _unit(self, name: str) -> str:

@@ -72,7 +72,8 @@ def main(grid: Grid, context: Context) -> None:
     audited = AuditStrategy(
         inner, auditor, client_ids=client_ids, reject_bad_updates=federation.reject_bad_updates
     )
-    run(grid, made, auditor, audited, folder)
+    with auditor.held():
+        run(grid, made, auditor, audited, folder)
 
 
 def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folder: Path) -> None:
@@ -83,6 +84,7 @@ def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folde
     arrays = start.arrays if start else from_state_dict(made.build_model().state_dict())
     announce("run", done, federation.rounds, done, name=folder.name, clients=made.clients)
     clock = _Clock()
+    nodes: dict[int, RecordDict] = {}
 
     def after_round(number: int, current: ArrayRecord) -> MetricRecord | None:
         if number == 0 and done:
@@ -96,8 +98,10 @@ def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folde
             auditor.note(round_number, "accuracy", accuracy, "1")
             auditor.note(round_number, "loss", loss, "nats")
         auditor.note(round_number, "round-seconds", clock.lap(), "s")
+        auditor.flush()
         if isinstance(grid, InProcessGrid):
-            checkpoint.save(folder / "checkpoint", round_number, current, audited, grid.node_states())
+            nodes.update(grid.changed_node_states())
+            checkpoint.save(folder / "checkpoint", round_number, current, audited, nodes)
         announce(
             "round", round_number, federation.rounds, round_number, **metrics, records=list(auditor.current)
         )

@@ -24,6 +24,7 @@ _MAGIC = b"\x93NUMPY\x01\x00"
 _PREFIX = len(_MAGIC) + 2  # magic, version, two bytes of header length
 _LONGEST_HEADER = 10_000  # numpy.load refuses longer ones
 _NPY = "numpy.ndarray"
+_SAME = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
 
 
 class Array(flwr.app.Array):
@@ -47,6 +48,16 @@ class Array(flwr.app.Array):
 
     def numpy(self) -> NDArray[Any]:
         """The values as a writable array of their own, exactly what Flower's `numpy` returns."""
+        values = self._plain()
+        return super().numpy() if values is None else values.copy("F" if values.flags.fnc else "C")
+
+    def read(self) -> NDArray[Any]:
+        """The values without a copy, read-only where that is possible; for use while the array is kept."""
+        values = self._plain()
+        return super().numpy() if values is None else values
+
+    def _plain(self) -> NDArray[Any] | None:
+        """The payload's values in place; None where only Flower can tell."""
         data = self.data
         if self.stype == _NPY and data[: len(_MAGIC)] == _MAGIC:
             start = _PREFIX + int.from_bytes(data[len(_MAGIC) : _PREFIX], "little")
@@ -54,8 +65,8 @@ class Array(flwr.app.Array):
             if layout is not None:
                 dtype, shape, order, size = layout
                 if len(data) - start >= size:
-                    return np.ndarray(shape, dtype, data, start, order=order).copy(order)
-        return super().numpy()
+                    return np.ndarray(shape, dtype, data, start, order=order)
+        return None
 
     def __eq__(self, other: object) -> bool:
         """Whether dtype, shape, serialisation and bytes are equal; Flower's own class would compare types."""
@@ -125,6 +136,41 @@ def to_state_dict(record: ArrayRecord) -> "OrderedDict[str, torch.Tensor]":
         fast = array if isinstance(array, Array) else Array.view(array)
         state_dict[key] = torch.from_numpy(fast.numpy())
     return state_dict
+
+
+def copy_into(state_dict: Mapping[str, torch.Tensor], record: ArrayRecord) -> None:
+    """Copy `record` into tensors: ``model.load_state_dict`` for ``model.state_dict()``, several times faster.
+
+    Args:
+        state_dict: tensors that are overwritten.
+        record: arrays of the same names and shapes.
+
+    Raises:
+        ValueError: if a name or a shape differs; earlier tensors have been overwritten then.
+
+    >>> weights = {"w": torch.zeros(2)}
+    >>> copy_into(weights, from_state_dict({"w": torch.ones(2)}))
+    >>> weights["w"]
+    tensor([1., 1.])
+    """
+    if state_dict.keys() != record.keys():
+        raise ValueError(
+            f"arrays are named as in the model, got {sorted(record)} for {sorted(state_dict)}: "
+            "send the weights of this model"
+        )
+    for key, tensor in state_dict.items():
+        array = record[key]
+        values = (array if isinstance(array, Array) else Array.view(array)).read()
+        if values.shape != tensor.shape:
+            raise ValueError(
+                f"arrays are shaped as in the model, got {values.shape} for {tuple(tensor.shape)} of {key!r}: "
+                "send the weights of this model"
+            )
+        target = tensor.detach()
+        if target.device.type == "cpu" and target.dtype in _SAME and _SAME[target.dtype] == values.dtype:
+            np.copyto(target.numpy(), values)  # torch would first copy what it may not write to
+        else:
+            target.copy_(torch.from_numpy(values.copy()))
 
 
 @lru_cache(maxsize=4096)

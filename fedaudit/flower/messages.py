@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -18,6 +18,7 @@ from fedaudit.errors import BadUpdateError
 from fedaudit.flower.arrays import to_state_dict
 from fedaudit.types import ClientUpdate, Estimate, Skip
 
+_Record = TypeVar("_Record", ArrayRecord, MetricRecord)
 AUDIT_RECORD = "fedaudit"
 MEASURE_PREFIX = "measure."
 MOST_EXAMPLES = 10_000_000_000
@@ -44,8 +45,8 @@ def read_reply(
         BadUpdateError: naming the first rule that the reply breaks.
     """
     content = message.content
-    state = to_state_dict(_only(content.array_records, "ArrayRecord"))
-    metrics = _only(content.metric_records, "MetricRecord")
+    state = to_state_dict(_only(content, ArrayRecord))
+    metrics = _only(content, MetricRecord)
     _check_keys(state, broadcast)
     delta: dict[str, Tensor] = {}
     for name, sent in broadcast.items():
@@ -77,15 +78,15 @@ def read_reply(
 
 def metric_keys(message: Message) -> frozenset[str]:
     """Names of the metrics in a reply; Flower demands the same from every client."""
-    return frozenset(key for record in message.content.metric_records.values() for key in record)
+    return frozenset(key for record in _records(message.content, MetricRecord) for key in record)
 
 
 def audit_record(message: Message) -> Mapping[str, Any]:
     """The audit scalars a client sent beside its update; empty if it sent none."""
     if message.has_error():
         return {}
-    record = message.content.config_records.get(AUDIT_RECORD)
-    return dict(record.items()) if record is not None else {}
+    record = message.content.get(AUDIT_RECORD)
+    return dict(record.items()) if isinstance(record, ConfigRecord) else {}
 
 
 def reply(
@@ -126,10 +127,16 @@ def decode_finding(text: str) -> tuple[Estimate | Skip | Exception, float]:
         return BadUpdateError(f"a client's finding is JSON as this version writes it, got {error}"), 0.0
 
 
-def _only(records: Mapping[str, Any], kind: str) -> Any:
+def _records(content: RecordDict, kind: type[_Record]) -> list[_Record]:
+    """The records of one kind; Flower's own properties check every record again at each look."""
+    return [record for record in content.values() if isinstance(record, kind)]
+
+
+def _only(content: RecordDict, kind: type[_Record]) -> _Record:
+    records = _records(content, kind)
     if len(records) != 1:
-        raise BadUpdateError(f"a reply holds exactly one {kind}, got {len(records)}")
-    return next(iter(records.values()))
+        raise BadUpdateError(f"a reply holds exactly one {kind.__name__}, got {len(records)}")
+    return records[0]
 
 
 def _check_keys(state: Mapping[str, Tensor], broadcast: Mapping[str, Tensor]) -> None:
@@ -142,7 +149,7 @@ def _check_keys(state: Mapping[str, Tensor], broadcast: Mapping[str, Tensor]) ->
 
 def _finite(tensor: Tensor) -> bool:
     # a sum is one pass without a temporary; it may overflow although all are finite, so look again then
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _examples(metrics: MetricRecord, weight_key: str) -> int:
@@ -155,9 +162,10 @@ def _examples(metrics: MetricRecord, weight_key: str) -> int:
 
 
 def _reported(content: RecordDict, metrics: MetricRecord) -> dict[str, float]:
-    scalars: dict[str, Any] = dict(metrics.items())
-    if AUDIT_RECORD in content.config_records:
-        scalars.update(content.config_records[AUDIT_RECORD].items())
+    scalars = dict(metrics.items())
+    beside = content.get(AUDIT_RECORD)
+    if isinstance(beside, ConfigRecord):
+        scalars.update(beside.items())
     return {
         key: float(value)
         for key, value in scalars.items()

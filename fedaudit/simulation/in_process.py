@@ -73,6 +73,7 @@ class InProcessGrid(Grid):
         self._run_config = dict(run_config or {})
         self._partitions = {node: i for i, node in enumerate(_node_ids(num_clients, generator))}
         self._states = {node: RecordDict() for node in self._partitions}
+        self._changed: set[int] = set()
         self._replies: dict[int, Message] = {}
         self._pushed = 0
         self._pool = ThreadPoolExecutor(workers, "client") if workers > 1 else None
@@ -153,6 +154,11 @@ class InProcessGrid(Grid):
         """Copies of what the clients keep between calls, by node id: what a checkpoint needs of them."""
         return {node: isolated(state) for node, state in self._states.items()}
 
+    def changed_node_states(self) -> dict[int, RecordDict]:
+        """`node_states` of those whose state a client or `restore_node_states` set since the last call."""
+        changed, self._changed = self._changed, set()
+        return {node: isolated(self._states[node]) for node in changed}
+
     def restore_node_states(self, states: Mapping[int, RecordDict]) -> None:
         """Give nodes the states of `node_states`; nodes not named keep theirs.
 
@@ -166,6 +172,7 @@ class InProcessGrid(Grid):
                 "resume with the seed and the number of clients of the interrupted run"
             )
         self._states.update({node: isolated(state) for node, state in states.items()})
+        self._changed.update(states)
 
     def _serve(self, message: Message) -> Message:
         """The reply of one client, an error reply if it fails."""
@@ -184,6 +191,8 @@ class InProcessGrid(Grid):
             logger.warning("client %d failed", self._partitions[node], exc_info=error)
             reply = internals.error_reply(error, message)
         else:
+            if len(context.state) or len(self._states[node]):
+                self._changed.add(node)
             self._states[node] = context.state
         internals.stamp(reply, f"{message.metadata.message_id}-reply", self._run.run_id)
         return reply
