@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
@@ -22,15 +22,15 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     made, client = _whoami(context)
-    config: ConfigRecord = message.content["config"]
-    round_number = int(config["server-round"])  # type: ignore[arg-type]
-    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))  # type: ignore[arg-type]
+    config: dict[str, Any] = dict(message.content.config_records["config"].items())
+    round_number = int(config["server-round"])
+    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     steps = steps_per_round(len(y), settings)
     release = made.release(len(y))
     ledger = made.defense.charge(_ledger(context), release, steps, len(y))
 
-    arrays: ArrayRecord = message.content["arrays"]
+    arrays = message.content.array_records["arrays"]
     model = made.worker_model()
     weights = model.state_dict()  # the model's own tensors, before and after training
     copy_into(weights, arrays)
@@ -72,7 +72,7 @@ def test(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global weights on the client's own examples."""
     made, client = _whoami(context)
     model = made.worker_model()
-    copy_into(model.state_dict(), message.content["arrays"])
+    copy_into(model.state_dict(), message.content.array_records["arrays"])
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     loss, accuracy = evaluate(model, x, y)
     metrics = MetricRecord({"num-examples": len(y), "loss": loss, "accuracy": accuracy})
@@ -82,7 +82,7 @@ def test(message: Message, context: Context) -> Message:
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which partition this node holds, and of how many."""
-    place = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
+    place: dict[str, Any] = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
     return Message(RecordDict({"whoami": MetricRecord(place)}), reply_to=message)
 
 

@@ -163,7 +163,7 @@ def copy_into(state_dict: Mapping[str, torch.Tensor], record: ArrayRecord) -> No
         values = (array if isinstance(array, Array) else Array.view(array)).read()
         if values.shape != tensor.shape:
             raise ValueError(
-                f"arrays are shaped as in the model, got {values.shape} for {tuple(tensor.shape)} of {key!r}: "
+                f"arrays have the model's shapes, got {values.shape} for {tuple(tensor.shape)} of {key!r}: "
                 "send the weights of this model"
             )
         target = tensor.detach()

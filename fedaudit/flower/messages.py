@@ -162,7 +162,7 @@ def _examples(metrics: MetricRecord, weight_key: str) -> int:
 
 
 def _reported(content: RecordDict, metrics: MetricRecord) -> dict[str, float]:
-    scalars = dict(metrics.items())
+    scalars: dict[str, Any] = dict(metrics.items())
     beside = content.get(AUDIT_RECORD)
     if isinstance(beside, ConfigRecord):
         scalars.update(beside.items())
