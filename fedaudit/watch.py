@@ -51,9 +51,7 @@ class Watch(AbstractContextManager["Watch"]):
                 TimeElapsedColumn(),
             )
             self._progress = self._stack.enter_context(
-                Progress(
-                    *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-                )
+                Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
             )
             for name in ("rounds", "clients", "audit"):
                 self._bars[name] = self._progress.add_task(name, total=None)
