@@ -229,7 +229,7 @@ def check(config: RunConfig) -> Setup:
     made = setup(config.flat())
     with _about("strategy.name", config.strategy.name):
         build_strategy = reference_module("strategies.flower_strategies").build_strategy
-        build_strategy(
+        strategy = build_strategy(
             config.strategy.name,
             clients=made.clients,
             fraction_train=config.federation.fraction_train,
@@ -251,6 +251,12 @@ def check(config: RunConfig) -> Setup:
         optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
         prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
         made.defense.restore(prepared)
+    if hasattr(strategy, "train_loss_key") and releases[0].noise_std:
+        raise ConfigError(
+            f"strategy.name = {config.strategy.name!r} is not allowed with defense.name = "
+            f"{config.defense.name!r}: it weights clients by their training loss, "
+            "which the defense keeps private"
+        )
     return made
 
 

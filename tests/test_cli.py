@@ -104,6 +104,10 @@ BAD = {
         "strategy.name = 'FedSum' is not allowed: no strategy is named 'FedSum': choose one of Bulyan",
     ),
     "strategy without its option": (["strategy.name=QFedAvg"], "QFedAvg needs client-learning-rate"),
+    "strategy that needs what the defense hides": (
+        ["strategy.name=QFedAvg(client-learning-rate=0.1)", "defense.name=dp-sgd"],
+        "it weights clients by their training loss, which the defense keeps private",
+    ),
     "missing file": (
         ["data.name=npz", "data.root=nowhere.npz"],
         "npz reads one .npz file, got data.root='nowhere.npz', which is none",
@@ -197,7 +201,7 @@ def test_a_run_shows_its_rounds_and_a_table_and_keeps_records_and_a_report(small
     lines = err.splitlines()
     assert lines[0] == "run 1 of 1: none-seed0"
     assert [re.match(r"  round (\d)/2  accuracy 0\.\d{3}$", text)[1] for text in lines[1:]] == ["0", "1", "2"]
-    assert "Accuracy" in out and out.splitlines()[-1] == "report: out/none-seed0/report.html"
+    assert "Comparison of defenses" in out and out.splitlines()[-1] == "report: out/none-seed0/report.html"
     run = load_run(small / "out/none-seed0")
     assert set(run.records["round"]) == {0, 1, 2} and run.summary
     assert (run.path / "report.html").stat().st_size > 10_000
@@ -310,7 +314,7 @@ def test_report_reads_an_interrupted_run(small, capfd):
     with stop_after(1):
         assert main(["run", "small.toml", "--json"]) == 1
     assert main(["report", "runs/none-seed0"]) == 0
-    assert "Accuracy" in capfd.readouterr().out
+    assert "Comparison of defenses" in capfd.readouterr().out
     assert (small / "report.html").stat().st_size > 10_000
 
 

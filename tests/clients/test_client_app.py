@@ -87,7 +87,7 @@ def test_a_client_sends_weights_metrics_and_short_scalars_and_nothing_else():
     assert {name: array.shape for name, array in content["arrays"].items()} == {
         name: tuple(tensor.shape) for name, tensor in setup(config).build_model().state_dict().items()
     }
-    assert set(content["metrics"]) == {"num-examples", "train-loss"}
+    assert set(content["metrics"]) == {"num-examples"}  # no noise protects a loss: it is not sent
     beside = content[AUDIT_RECORD]
     assert isinstance(beside, ConfigRecord)
     scalars = {"partition-id", "steps", "epsilon", "delta", "privacy-unit", "accountant"}
@@ -107,6 +107,11 @@ def leaves(value):
             yield from leaves(item)
     else:
         yield value
+
+
+def test_a_client_without_a_guarantee_to_keep_reports_its_loss():
+    metrics = ask(flat()).content["metrics"]
+    assert set(metrics) == {"num-examples", "train-loss"} and metrics["train-loss"] > 0
 
 
 def test_a_client_that_is_not_asked_to_measure_says_nothing_of_its_examples():
