@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
+from fedaudit.errors import ConfigError
 from fedaudit.flower.arrays import copy_into, from_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
 from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
@@ -82,13 +83,31 @@ def test(message: Message, context: Context) -> Message:
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which partition this node holds, and of how many."""
-    place: dict[str, Any] = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
-    return Message(RecordDict({"whoami": MetricRecord(place)}), reply_to=message)
+    client, clients = _place(context)
+    place = MetricRecord({"partition-id": client, "num-partitions": clients})
+    return Message(RecordDict({"whoami": place}), reply_to=message)
 
 
 def _whoami(context: Context) -> tuple[Setup, int]:
-    made = setup(context.run_config, int(context.node_config["num-partitions"]))
-    return made, int(context.node_config["partition-id"])
+    client, clients = _place(context)
+    return setup(context.run_config, clients), client
+
+
+def _place(context: Context) -> tuple[int, int]:
+    """This node's partition and how many there are, as its operator wrote them."""
+    try:
+        client, clients = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"a node's --node-config holds the whole numbers partition-id and num-partitions, "
+            f"got {dict(context.node_config)}: set both"
+        ) from error
+    if not 0 <= client < clients:
+        raise ConfigError(
+            f"partition-id is a number from 0 to num-partitions - 1 = {clients - 1}, "
+            f"got {client}: correct the node's --node-config"
+        )
+    return client, clients
 
 
 def _ledger(context: Context) -> Ledger:

@@ -264,7 +264,8 @@ def _check_machine(config: RunConfig) -> None:
     federation = config.federation
     if federation.engine == "deployment":
         raise ConfigError(
-            "federation.engine = 'deployment' is not allowed here: a deployment is started by 'flwr run'; "
+            "federation.engine = 'deployment' is not allowed here: a deployment is started by 'flwr run', "
+            "on this machine by 'python -m fedaudit.simulation.loopback'; "
             "choose 'in-process' or 'ray'"
         )
     if config.output.resume and federation.engine != "in-process":
@@ -303,10 +304,6 @@ def execute(config: RunConfig) -> Run:
     folder = run_folder(config)
     describe(config, folder)
     federation = config.federation
-    if federation.engine == "deployment":
-        from fedaudit.simulation.loopback import run_on_loopback
-
-        return run_on_loopback(config, folder, federation.clients)
     server_app, client_app = reference_app()
     started = time.perf_counter()
     try:
