@@ -116,6 +116,32 @@ def test_a_round_keeps_rows_added_later(tmp_path):
     assert (records["round"] == 2).sum() == 2
 
 
+def test_a_held_round_is_written_once_when_it_is_flushed(tmp_path, monkeypatch):
+    auditor = Auditor(tmp_path / "run", "update-norm")
+    written = []
+    write = auditor.log.write_round
+    monkeypatch.setattr(auditor.log, "write_round", lambda *args: (written.append(args[0]), write(*args)))
+    with auditor.held():
+        auditor.audit(1, [update(0)])
+        auditor.note(1, "accuracy", 0.9, "1")
+        assert written == []
+        auditor.flush()
+        auditor.flush()
+        assert written == [1]
+    assert written == [1]
+    assert set(load_run(tmp_path / "run").records["quantity"]) == {"update-norm", "train-loss", "accuracy"}
+
+
+def test_held_rows_reach_the_disk_with_the_next_round_and_after_an_error(tmp_path):
+    auditor = Auditor(tmp_path / "run", "update-norm")
+    with pytest.raises(KeyboardInterrupt), auditor.held():
+        auditor.audit(1, [update(0)])
+        auditor.audit(2, [update(0)])
+        assert set(load_run(tmp_path / "run").records["round"]) == {1}
+        raise KeyboardInterrupt
+    assert set(load_run(tmp_path / "run").records["round"]) == {1, 2}
+
+
 def test_an_attack_never_sees_the_truth_and_scoring_is_the_oracles(tmp_path):
     seen = {}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
-from fedaudit.flower.arrays import Array, encode, from_state_dict, to_state_dict
+from fedaudit.flower.arrays import Array, copy_into, encode, from_state_dict, to_state_dict
 
 
 def state_dict():
@@ -168,3 +168,40 @@ def test_a_view_shares_the_payload_but_not_its_replacement():
     view.data = npy(np.zeros(2))
     np.testing.assert_array_equal(plain.numpy(), np.ones(2))
     assert view != plain and plain != view
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64], ids=str)
+def test_copying_into_a_model_is_loading_its_state_dict(dtype):
+    model, expected = (
+        torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.BatchNorm2d(3)) for _ in range(2)
+    )
+    sent = {
+        name: torch.arange(t.numel()).reshape(t.shape).to(dtype) for name, t in model.state_dict().items()
+    }
+    copy_into(model.state_dict(), from_state_dict(sent))
+    expected.load_state_dict(sent)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=0)
+
+
+def test_copying_reads_column_major_arrays_in_their_order():
+    weights = {"w": torch.zeros(2, 3)}
+    values = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    copy_into(weights, ArrayRecord({"w": flwr.app.Array(values)}))
+    assert weights["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_training_after_copying_leaves_the_record_as_it_was():
+    weights = {"w": torch.zeros(2)}
+    record = from_state_dict({"w": torch.ones(2)})
+    copy_into(weights, record)
+    weights["w"].add_(5)
+    assert record["w"].numpy().tolist() == [1, 1]
+
+
+def test_copying_other_names_or_shapes_is_refused():
+    record = from_state_dict({"w": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"named as in the model, got \['w'\] for \['v'\]"):
+        copy_into({"v": torch.zeros(2)}, record)
+    with pytest.raises(ValueError, match=r"keeps its shape, got \(2,\) for \(1,\) in 'w'"):
+        copy_into({"w": torch.zeros(1)}, record)

@@ -135,6 +135,19 @@ def test_restored_states_continue_where_they_were_taken(grid):
         assert calls(resumed.send_and_receive([train_message(n) for n in nodes])) == [2] * 4
 
 
+def test_changed_states_are_those_of_clients_that_kept_something_since_the_last_look(grid):
+    first, second, *_ = grid.get_node_ids()
+    grid.send_and_receive([train_message(first)])
+    assert {n: state["calls"]["n"] for n, state in grid.changed_node_states().items()} == {first: 1}
+    assert grid.changed_node_states() == {}
+    grid.send_and_receive([train_message(second)])
+    grid.restore_node_states({first: RecordDict({"calls": MetricRecord({"n": 7})})})
+    changed = grid.changed_node_states()
+    assert {n: state["calls"]["n"] for n, state in changed.items()} == {first: 7, second: 1}
+    changed[second]["calls"]["n"] = 50  # a copy
+    assert grid.node_states()[second]["calls"]["n"] == 1
+
+
 def test_states_of_another_federation_are_refused_whole(grid):
     node = grid.get_node_ids()[0]
     states = {node: RecordDict({"calls": MetricRecord({"n": 7})}), 12345: RecordDict()}
