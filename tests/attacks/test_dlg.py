@@ -301,6 +301,7 @@ def test_a_batch_without_a_head_bias_needs_joint_labels() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.replication
 def test_untrained_sigmoid_lenet_leaks_at_least_18_of_20_natural_images() -> None:
     data = patches()
     decibels = []
