@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
+from fedaudit.errors import ConfigError
 from fedaudit.flower.arrays import copy_into, from_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
 from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
@@ -22,15 +23,15 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     made, client = _whoami(context)
-    config: ConfigRecord = message.content["config"]
-    round_number = int(config["server-round"])  # type: ignore[arg-type]
-    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))  # type: ignore[arg-type]
+    config: dict[str, Any] = dict(message.content.config_records["config"].items())
+    round_number = int(config["server-round"])
+    settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     steps = steps_per_round(len(y), settings)
     release = made.release(len(y))
     ledger = made.defense.charge(_ledger(context), release, steps, len(y))
 
-    arrays: ArrayRecord = message.content["arrays"]
+    arrays = message.content.array_records["arrays"]
     model = made.worker_model()
     weights = model.state_dict()  # the model's own tensors, before and after training
     copy_into(weights, arrays)
@@ -72,7 +73,7 @@ def test(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global weights on the client's own examples."""
     made, client = _whoami(context)
     model = made.worker_model()
-    copy_into(model.state_dict(), message.content["arrays"])
+    copy_into(model.state_dict(), message.content.array_records["arrays"])
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     loss, accuracy = evaluate(model, x, y)
     metrics = MetricRecord({"num-examples": len(y), "loss": loss, "accuracy": accuracy})
@@ -82,13 +83,31 @@ def test(message: Message, context: Context) -> Message:
 @app.query("whoami")
 def whoami(message: Message, context: Context) -> Message:
     """Which partition this node holds, and of how many."""
-    place = {key: int(context.node_config[key]) for key in ("partition-id", "num-partitions")}
-    return Message(RecordDict({"whoami": MetricRecord(place)}), reply_to=message)
+    client, clients = _place(context)
+    place = MetricRecord({"partition-id": client, "num-partitions": clients})
+    return Message(RecordDict({"whoami": place}), reply_to=message)
 
 
 def _whoami(context: Context) -> tuple[Setup, int]:
-    made = setup(context.run_config, int(context.node_config["num-partitions"]))
-    return made, int(context.node_config["partition-id"])
+    client, clients = _place(context)
+    return setup(context.run_config, clients), client
+
+
+def _place(context: Context) -> tuple[int, int]:
+    """This node's partition and how many there are, as its operator wrote them."""
+    try:
+        client, clients = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"a node's --node-config holds the whole numbers partition-id and num-partitions, "
+            f"got {dict(context.node_config)}: set both"
+        ) from error
+    if not 0 <= client < clients:
+        raise ConfigError(
+            f"partition-id is a number from 0 to num-partitions - 1 = {clients - 1}, "
+            f"got {client}: correct the node's --node-config"
+        )
+    return client, clients
 
 
 def _ledger(context: Context) -> Ledger:

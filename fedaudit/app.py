@@ -10,7 +10,8 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -29,7 +30,7 @@ from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
 from fedaudit.defenses.base import Defense
-from fedaudit.errors import FedauditError, RunFailedError
+from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import DEFENSES
@@ -38,6 +39,8 @@ from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_pe
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
 
 logger = logging.getLogger(__name__)
+SMALL_MODEL = 1_000_000
+"""Parameters below which one thread is faster than several."""
 _VERSIONS = ("torch", "flwr", "opacus", "numpy", "pandas", "scikit-learn", "dp-accounting", "torchmetrics")
 
 
@@ -66,7 +69,8 @@ class Setup:
     @cached_property
     def partitions(self) -> list[Tensor]:
         """Indices of each client's examples in the training data."""
-        found = partition(self.config.data.partitioner, self.data.train.y, self.clients, self.config.seed)
+        labels = self.data.train.y.numpy()
+        found = partition(self.config.data.partitioner, labels, self.clients, self.config.seed)
         return [torch.as_tensor(indices, dtype=torch.int64) for indices in found]
 
     def client_data(self, client: int) -> tuple[Tensor, Tensor]:
@@ -215,15 +219,90 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def check(config: RunConfig) -> Setup:
-    """Build every part the configuration names, so that what is wrong is said before anything runs."""
+    """Build every part the configuration names, so that what is wrong is said before anything runs.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+        DataError: if the data is missing or cannot be split among the clients.
+    """
     from fedaudit.auditor import Auditor
 
+    _check_machine(config)
     made = setup(config.flat())
-    Auditor(None, config.audit.measures, attacks=config.attack.names)
-    made.build_model()
-    for client in range(made.clients):
-        made.release(len(made.partitions[client]))
+    with _about("strategy.name", config.strategy.name):
+        build_strategy = reference_module("strategies.flower_strategies").build_strategy
+        strategy = build_strategy(
+            config.strategy.name,
+            clients=made.clients,
+            fraction_train=config.federation.fraction_train,
+            min_available=made.clients,
+        )
+    with _about("audit.measures", config.audit.measures):
+        Auditor(None, config.audit.measures)
+    with _about("attack.names", config.attack.names):
+        Auditor(None, "", attacks=config.attack.names)
+    with _about("data.name", config.data.name):
+        _ = made.data
+    with _about("data.partitioner", config.data.partitioner):
+        sizes = [len(rows) for rows in made.partitions]
+    with _about("model.name", config.model.name):
+        model = made.build_model()
+    with _about("defense.name", config.defense.name):
+        releases = [made.release(size) for size in sizes]
+        noise = torch.Generator().manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
+        prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
+        made.defense.restore(prepared)
+    if hasattr(strategy, "train_loss_key") and releases[0].noise_std:
+        raise ConfigError(
+            f"strategy.name = {config.strategy.name!r} is not allowed with defense.name = "
+            f"{config.defense.name!r}: it weights clients by their training loss, "
+            "which the defense keeps private"
+        )
     return made
+
+
+def _check_machine(config: RunConfig) -> None:
+    federation = config.federation
+    if federation.engine == "deployment":
+        raise ConfigError(
+            "federation.engine = 'deployment' is not allowed here: a deployment is started by 'flwr run', "
+            "on this machine by 'python -m fedaudit.simulation.loopback'; "
+            "choose 'in-process' or 'ray'"
+        )
+    if config.output.resume and federation.engine != "in-process":
+        raise ConfigError(
+            f"federation.engine = {federation.engine!r} is not allowed with output.resume: "
+            "a run is resumed by 'in-process' only"
+        )
+    if federation.device.startswith("cuda"):
+        wanted, found = torch.device(federation.device).index or 0, torch.cuda.device_count()
+        if wanted >= found:
+            raise ConfigError(
+                f"federation.device = {federation.device!r} is not allowed: this machine has {found} "
+                "CUDA devices; choose 'auto' or 'cpu'"
+            )
+
+
+@contextmanager
+def _about(key: str, value: str) -> Iterator[None]:
+    """Say which key of the configuration an error is about."""
+    try:
+        yield
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{key} = {value!r} is not allowed: {error}") from error
+
+
+@contextmanager
+def _threads_for(made: Setup) -> Iterator[None]:
+    """One thread of torch for a small model: waking others costs more than they compute (6x on DLG)."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in made.build_model().parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def execute(config: RunConfig) -> Run:
@@ -235,23 +314,24 @@ def execute(config: RunConfig) -> Run:
     from fedaudit.report.tables import records_summary
     from fedaudit.simulation.run import run_federation
 
-    check(config)
+    made = check(config)
     folder = run_folder(config)
     describe(config, folder)
-    server_app, client_app = reference_app()
     federation = config.federation
+    server_app, client_app = reference_app()
     started = time.perf_counter()
     try:
-        run_federation(
-            server_app,
-            client_app,
-            num_clients=federation.clients,
-            run_config=config.flat(),
-            engine="ray" if federation.engine == "ray" else "in-process",
-            seed=config.seed,
-            workers=federation.workers,
-            gpu_share=federation.gpu_share,
-        )
+        with _threads_for(made):
+            run_federation(
+                server_app,
+                client_app,
+                num_clients=federation.clients,
+                run_config=config.flat(),
+                engine="ray" if federation.engine == "ray" else "in-process",
+                seed=config.seed,
+                workers=federation.workers,
+                gpu_share=federation.gpu_share,
+            )
     except FedauditError:
         raise
     except Exception as error:
@@ -269,7 +349,7 @@ def describe(config: RunConfig, folder: Path) -> None:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    run = {
+    run: dict[str, Any] = {
         "name": folder.name,
         "defense": config.defense.name,
         "seed": config.seed,
@@ -279,7 +359,7 @@ def describe(config: RunConfig, folder: Path) -> None:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": "cuda" if torch.cuda.is_available() and config.federation.device != "cpu" else "cpu",
     }
-    tables = {"run": run, "config": config.flat(), "versions": versions}
+    tables: dict[str, Mapping[str, Any]] = {"run": run, "config": config.flat(), "versions": versions}
     write_text(folder / "run.toml", _toml(tables))
 
 
@@ -290,7 +370,7 @@ def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [
             "",
             f"[{name}]",
-            *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()),
+            *(f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()),
         ]
     return "\n".join(lines) + "\n"
 

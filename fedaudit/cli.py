@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedaudit.config import RunConfig
     from fedaudit.records import Run
 
+INTERRUPTED = 130  # what Typer makes of Ctrl-C; other versions raise Abort
 Engine = Literal["in-process", "ray"]
 Kind = Literal[
     "measures", "attacks", "defenses", "datasets", "partitioners", "models", "strategies", "presets"
@@ -27,7 +28,6 @@ Kind = Literal[
 cli = typer.Typer(
     name="fedaudit",
     help="Federated learning simulation with leakage auditing: what do these updates give away?",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -73,7 +73,9 @@ def run(
     if (config is None) == (resume is None):
         raise ConfigError("run takes either a CONFIG or --resume RUN: give exactly one")
     if resume is not None:
-        loaded = _resumed(Path(resume), _overrides(set_, None, None))
+        if output is not None:
+            raise ConfigError(f"a resumed run stays in its folder, got --output {output}: leave it out")
+        loaded = _resumed(Path(resume), _overrides(set_, engine, None))
     else:
         loaded = load_config(str(config), _overrides(set_, engine, output))
     from fedaudit.app import check, run_folder
@@ -121,7 +123,9 @@ def report(
 
 @cli.command("list")
 def list_parts(
-    kind: Annotated[Kind | None, typer.Argument(help="what to list; everything if left out")] = None,
+    kind: Annotated[
+        Kind | None, typer.Argument(metavar="KIND", help="what to list; everything if left out")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List measures, attacks, defenses, datasets, partitioners, models, strategies and presets."""
@@ -146,12 +150,13 @@ def list_parts(
         print(json.dumps(shown, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     for title, entries in shown.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
         for name, summary in entries.items():
-            table.add_row(name, summary)
+            table.add_row(name, escape(summary))
         Console().print(table, "")
 
 
@@ -159,24 +164,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     from click.exceptions import ClickException
 
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        result = cli(args=list(argv) if argv is not None else None, standalone_mode=False)
+        result = cli(args=arguments, standalone_mode=False)
     except (ConfigError, DataError, RecordError) as error:
-        print(f"fedaudit: {error}", file=sys.stderr)
-        return 2
+        return _stop(str(error), 2)
     except FedauditError as error:
-        print(f"fedaudit: {error}", file=sys.stderr)
-        return 1
+        return _stop(str(error), 1)
     except ClickException as error:
-        error.show()
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "fedaudit: interrupted; completed rounds are kept, continue with 'fedaudit run --resume RUN'",
-            file=sys.stderr,
-        )
-        return 1
+        return _stop(f"{error.format_message()} See 'fedaudit --help'.", 2)
+    except OSError as error:  # a folder or file the user named; those of a run are failed runs
+        return _stop(f"a file or folder cannot be used: {error}", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        return _stop("interrupted", 1)
+    if result == INTERRUPTED:
+        return _stop("interrupted", 1)
     return result if isinstance(result, int) else 0
+
+
+def _stop(sentence: str, code: int) -> int:
+    print(f"fedaudit: {sentence}", file=sys.stderr)
+    return code
 
 
 def entry() -> None:
@@ -226,11 +234,20 @@ def _run_folders(folder: Path) -> list[Path]:
 
 
 def _execute_all(configs: "Sequence[RunConfig]", quiet: bool) -> "list[Run]":
-    from fedaudit.app import execute
+    from fedaudit.app import execute, run_folder
     from fedaudit.watch import Watch
 
+    finished: list[Run] = []
     with Watch(len(configs), quiet=quiet):
-        return [execute(config) for config in configs]
+        for config in configs:
+            try:
+                finished.append(execute(config))
+            except KeyboardInterrupt:
+                raise RunFailedError(
+                    "interrupted; completed rounds are kept, "
+                    f"continue with 'fedaudit run --resume {run_folder(config)}'"
+                ) from None
+    return finished
 
 
 def _finish(runs: "list[Run]", page: Path, as_json: bool) -> None:
@@ -254,9 +271,8 @@ def _finish(runs: "list[Run]", page: Path, as_json: bool) -> None:
 
     from fedaudit.report.terminal import rich_table
 
-    console = Console()
-    console.print(rich_table(table))
-    console.print(f"report: {page}")
+    Console().print(rich_table(table))
+    print(f"report: {page}")  # not wrapped, so that it can be copied
 
 
 def _first_comment(path: Path) -> str:
@@ -264,4 +280,4 @@ def _first_comment(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
-__all__ = ["RunFailedError", "cli", "entry", "main"]
+__all__ = ["cli", "entry", "main"]

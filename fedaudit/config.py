@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -187,9 +187,9 @@ class AuditConfig(Section):
     save_updates: bool = Field(False, description="keep every client's raw update as safetensors")
 
     @property
-    def observer_names(self) -> tuple[str, ...]:
+    def observer_names(self) -> tuple[Observer, ...]:
         """The observers that measure."""
-        return _pieces(self.observers)
+        return cast(tuple[Observer, ...], _pieces(self.observers))
 
 
 class AttackConfig(Section):

@@ -1,12 +1,15 @@
-"""Progress on the terminal: bars for runs, rounds, clients and audit, and one line per round."""
+"""Progress on the terminal: bars for rounds, clients and audit, one line per round, and each problem once."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from statistics import fmean
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fedaudit.progress import Event, listen
@@ -15,14 +18,16 @@ from fedaudit.records import AuditRecord
 _SHOWN = {
     "mutual-information": "MI {:.2f} nats",
     "example-gradient-uniqueness": "GNQ {:.2f}",
-    "cohort-gradient-uniqueness": "cohort GNQ {:.2f}",
+    "cohort-gradient-uniqueness": "cohort {:.2f}",
     "dlg.psnr": "DLG {:.1f} dB",
     "epsilon": "worst epsilon {:.2f}",
 }
 
 
 class Watch(AbstractContextManager["Watch"]):
-    """Shows what happens inside the block.
+    """Shows what happens inside the block, and nothing else: log lines and warnings are held back.
+
+    What a log line would say of a client or a measure stands in the records; the first of its kind is shown.
 
     Args:
         runs: how many runs there will be.
@@ -34,8 +39,10 @@ class Watch(AbstractContextManager["Watch"]):
         self._stack = ExitStack()
         self.console = Console(stderr=True)
         self._bars: dict[str, TaskID] = {}
+        self._told: set[tuple[str, str, str]] = set()
 
     def __enter__(self) -> "Watch":
+        self._stack.enter_context(_without_log_lines())
         if not self.quiet:
             columns = (
                 TextColumn("{task.description:<24}"),
@@ -44,7 +51,7 @@ class Watch(AbstractContextManager["Watch"]):
                 TimeElapsedColumn(),
             )
             self._progress = self._stack.enter_context(
-                Progress(*columns, console=self.console, transient=True)
+                Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
             )
             for name in ("rounds", "clients", "audit"):
                 self._bars[name] = self._progress.add_task(name, total=None)
@@ -59,7 +66,9 @@ class Watch(AbstractContextManager["Watch"]):
     def _hear(self, event: Event) -> None:
         if event.stage == "run":
             self.started += 1
-            self.console.print(f"[bold]run {self.started} of {self.runs}: {event.detail['name']}[/bold]")
+            name = escape(str(event.detail["name"]))
+            self.console.print(f"[bold]run {self.started} of {self.runs}: {name}[/bold]", soft_wrap=True)
+            self._told.clear()
             self._show("rounds", event)
         elif event.stage == "client":
             self._show("clients", event)
@@ -67,7 +76,21 @@ class Watch(AbstractContextManager["Watch"]):
             self._show("audit", event, f"audit: {event.detail['name']}"[:24])
         elif event.stage == "round":
             self._show("rounds", event)
-            self.console.print(line(event.round, event.total, event.detail), highlight=False)
+            self._tell(line(event.round, event.total, event.detail, self.console.width))
+            for problem in self._news(event.detail.get("records", [])):
+                self._tell(f"    {problem}")
+
+    def _tell(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _news(self, records: Sequence[AuditRecord]) -> Iterator[str]:
+        """Each kind of problem when it first occurs; the line of the round counts the rest."""
+        for record in records:
+            kind = (record.quantity, record.observer, record.status)
+            if record.status != "ok" and kind not in self._told:
+                self._told.add(kind)
+                who = "" if record.client_id is None else f" of client {record.client_id}"
+                yield f"{record.quantity}{who} {record.status}: {_short(record.reason)}"
 
     def _show(self, bar: str, event: Event, label: str | None = None) -> None:
         self._progress.update(
@@ -75,8 +98,30 @@ class Watch(AbstractContextManager["Watch"]):
         )
 
 
-def line(round_number: int, rounds: int, detail: Mapping[str, Any]) -> str:
+def _short(reason: str) -> str:
+    """In one line, and of a client's exception its own text without the names Flower wraps around it."""
+    return " ".join(reason.rpartition("occurred. Message: ")[2].removesuffix("'>").split())
+
+
+@contextmanager
+def _without_log_lines() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("flwr", "fedaudit", "strategies", "clients")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def line(round_number: int, rounds: int, detail: Mapping[str, Any], width: int = 80) -> str:
     """One round in one line: accuracy, then the means of the round's main quantities.
+
+    A line longer than `width` goes on in the next, under its second piece.
 
     >>> line(1, 8, {"accuracy": 0.5, "records": []})
     '  round 1/8  accuracy 0.500'
@@ -95,4 +140,9 @@ def line(round_number: int, rounds: int, detail: Mapping[str, Any]) -> str:
         count = sum(record.status == status for record in records)
         if count:
             pieces.append(f"{count} {status}")
-    return "  ".join(pieces)
+    rows, indent = [pieces[0]], " " * len(pieces[0])
+    for piece in pieces[1:]:
+        if len(rows[-1]) + 2 + len(piece) > width and rows[-1] != indent:
+            rows.append(indent)
+        rows[-1] += f"  {piece}"
+    return "\n".join(rows)

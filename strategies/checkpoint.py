@@ -1,10 +1,11 @@
 """What a resumed run needs: global weights, the strategies' state and the clients' ledgers, after each round.
 
-One safetensors file, replaced at once, holds the arrays and, as bytes of a JSON text, the rest. Nothing is
-pickled, and only the last complete round is kept.
+Arrays are safetensors, the rest is JSON; nothing is pickled. Only the last complete round is kept.
 """
 
+import inspect
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,6 @@ from safetensors.numpy import load_file, save_file
 from fedaudit.errors import RecordError
 from fedaudit.flower.arrays import numpy_arrays
 
-FILE = "state.safetensors"
-_TEXT = "state"
 _SCALARS = (int, float, bool, str)
 
 
@@ -37,27 +36,35 @@ class Checkpoint:
 def save(
     folder: Path, round_number: int, arrays: ArrayRecord, strategy: Strategy, nodes: Mapping[int, RecordDict]
 ) -> None:
-    """Write the state after `round_number` in place of the state before it."""
-    kept = _state(strategy)
+    """Write the state after `round_number` and only then drop the state before it."""
     tensors = {f"arrays/{name}": values for name, values in numpy_arrays(arrays).items()}
+    kept = _state(strategy)
+    scalars = {path: value for path, value in kept if not isinstance(value, np.ndarray)}
     tensors |= {f"strategy/{path}": value for path, value in kept if isinstance(value, np.ndarray)}
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_arrays(temporary / "arrays.safetensors", tensors)
     state = {
         "round": round_number,
         "order": list(arrays),  # safetensors sorts names, Flower pairs some arrays by position
         "strategy-order": [path for path, _ in kept],
-        "strategy": {path: value for path, value in kept if not isinstance(value, np.ndarray)},
+        "strategy": scalars,
         "nodes": {str(node): _encode(record) for node, record in nodes.items()},
     }
-    tensors[_TEXT] = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{FILE}.part"
-    write_arrays(temporary, tensors)
-    temporary.replace(folder / FILE)
+    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write arrays, in C order, as a safetensors file; an array of no dimension keeps its shape."""
-    save_file({name: np.require(value, requirements="C") for name, value in arrays.items()}, path)
+    """Write arrays of any shape as safetensors."""
+    # not numpy.ascontiguousarray, which makes an array of no dimension one of one
+    save_file({name: np.asarray(values, order="C") for name, values in arrays.items()}, path)
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -66,24 +73,30 @@ def load(folder: Path) -> Checkpoint | None:
     Raises:
         RecordError: if the checkpoint is damaged.
     """
-    if not (folder / FILE).is_file():
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)  # the process died between two renames
+    if not (folder / "state.json").is_file():
         return None
     try:
-        tensors = load_file(folder / FILE)
-        state = json.loads(tensors[_TEXT].tobytes())
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "arrays.safetensors")
         arrays = ArrayRecord({name: _array(tensors[f"arrays/{name}"]) for name in state["order"]})
         scalars = state["strategy"]
         values = {
             p: scalars[p] if p in scalars else tensors[f"strategy/{p}"] for p in state["strategy-order"]
         }
         nodes = {int(node): _decode(record) for node, record in state["nodes"].items()}
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise RecordError(f"{folder} holds no readable checkpoint ({error}): start the run anew") from error
     return Checkpoint(int(state["round"]), arrays, values, nodes)
 
 
 def restore(strategy: Strategy, values: Mapping[str, Any]) -> None:
-    """Put saved values back into a freshly built strategy and the ones it wraps."""
+    """Put saved values back into a freshly built strategy and the ones it wraps.
+
+    What a constructor takes is not among them: it comes from the configuration.
+    """
     grouped: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         owner, attribute, *key = path.split("|")
@@ -114,12 +127,18 @@ def _layers(strategy: Strategy) -> list[Strategy]:
 
 
 def _state(strategy: Strategy) -> list[tuple[str, Any]]:
-    """Arrays and numbers that Flower's strategies keep between rounds, by 'depth|attribute|key'."""
+    """Arrays and numbers that Flower's strategies keep between rounds, by 'depth|attribute|key'.
+
+    Arithmetic on an array of no dimension gives a numpy scalar: it counts as such an array.
+    """
     found: list[tuple[str, Any]] = []
     for depth, layer in enumerate(_layers(strategy)):
         if type(layer).__module__.split(".")[0] != "flwr":
             continue  # our own wrappers are rebuilt from the configuration
+        configured = inspect.signature(type(layer)).parameters
         for attribute, value in vars(layer).items():
+            if attribute in configured:
+                continue
             path = f"{depth}|{attribute}"
             if isinstance(value, np.ndarray):
                 found.append((path, value))
@@ -127,13 +146,17 @@ def _state(strategy: Strategy) -> list[tuple[str, Any]]:
                 found.append((path, value.item()))
             elif isinstance(value, ArrayRecord):
                 found += [(f"{path}|@{key}", array.numpy()) for key, array in value.items()]
-            elif isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
-                found += [(f"{path}|{key}", array) for key, array in value.items()]
-            elif isinstance(value, list) and value and all(isinstance(v, np.ndarray) for v in value):
-                found += [(f"{path}|[{index}", array) for index, array in enumerate(value)]
+            elif isinstance(value, dict) and value and all(map(_is_array, value.values())):
+                found += [(f"{path}|{key}", np.asarray(array)) for key, array in value.items()]
+            elif isinstance(value, list) and value and all(map(_is_array, value)):
+                found += [(f"{path}|[{index}", np.asarray(array)) for index, array in enumerate(value)]
             elif isinstance(value, _SCALARS):
                 found.append((path, value))
     return found
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (np.ndarray, np.generic))
 
 
 def _array(values: np.ndarray[Any, Any]) -> Any:

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedaudit.training import client_seed
 
-SAMPLING, NOISE = -1, -2
+SAMPLING, NOISE = -1, -2  # stand where a client's number would: no client has these
 
 
 class SeededRounds(Strategy):
@@ -31,7 +31,7 @@ class SeededRounds(Strategy):
         self.strategy, self.seed, self.done = strategy, seed, done
 
     def _seed(self, purpose: int, server_round: int) -> None:
-        mixed = client_seed(self.seed, -purpose, server_round)
+        mixed = client_seed(self.seed, purpose, server_round)
         random.seed(mixed)
         np.random.seed(mixed % 2**32)
 

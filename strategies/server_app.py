@@ -15,6 +15,7 @@ from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.flower.arrays import copy_into, from_state_dict, numpy_arrays
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.progress import announce
+from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
 
@@ -23,7 +24,7 @@ from .flower_strategies import build_strategy
 from .rounds import SeededRounds
 
 logger = logging.getLogger(__name__)
-SIMULATION_GRIDS = ("InProcessGrid", "InMemoryGrid")
+ENGINES = {"InProcessGrid": "in-process", "InMemoryGrid": "ray"}  # any other grid is a deployment
 WAIT_SECONDS = 600
 app = ServerApp()
 
@@ -31,17 +32,20 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation the run-config describes."""
-    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))  # type: ignore[arg-type]
+    client_ids = meet(grid, int(context.run_config.get("federation.clients", 2)))
     made = setup(context.run_config, len(client_ids))
     config = made.config
-    simulated = type(grid).__name__ in SIMULATION_GRIDS
+    engine = ENGINES.get(type(grid).__name__, "deployment")
+    simulated = engine != "deployment"
     if "oracle" in config.audit.observer_names and not simulated:
         raise ConfigError(
             "the observer 'oracle' exists in simulation only, got a deployment: drop it from audit.observers"
         )
     folder = run_folder(config)
-    if not (folder / "run.toml").exists():
-        describe(config, folder)
+    if engine != "in-process" and not config.output.resume and any((folder / "audit").glob("round-*")):
+        raise ConfigError(f"a run keeps a folder of its own, got {folder} which holds one: set output.name")
+    if not (folder / "run.toml").exists():  # Flower started the run, and decided how many nodes there are
+        describe(config.with_(federation__engine=engine, federation__clients=len(client_ids)), folder)
     federation = config.federation
     auditor = Auditor(
         folder,
@@ -118,7 +122,7 @@ def meet(grid: Grid, expected: int) -> dict[int, int]:
     """Node id to partition id of every node, once as many are there as they say there are partitions.
 
     Raises:
-        RunFailedError: if nodes do not answer or two of them hold one partition.
+        RunFailedError: if nodes do not answer, do not know their partition, or two of them hold one.
     """
     deadline = time.monotonic() + WAIT_SECONDS
     found: dict[int, int] = {}
@@ -148,7 +152,12 @@ def _ask(grid: Grid, nodes: Iterable[int]) -> dict[int, int]:
     found: dict[int, int] = {}
     for message in grid.send_and_receive(messages, timeout=60):
         if message.has_error():
-            logger.warning("a node did not say who it is: %s", message.error.reason)
+            node, reason = message.metadata.src_node_id, message.error.reason
+            if message.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:  # waiting does not mend it
+                raise RunFailedError(
+                    f"each node must say which partition it holds, node {node} failed: {reason}"
+                )
+            logger.warning("node %d did not say which partition it holds: %s", node, reason)
             continue
         place = message.content["whoami"]
         found[message.metadata.src_node_id] = int(place["partition-id"])  # type: ignore[arg-type]

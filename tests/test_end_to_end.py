@@ -105,14 +105,14 @@ def test_dp_sgd_records_epsilon_within_budget_and_lowers_leakage(tmp_path):
 def test_a_client_stops_at_its_budget_and_the_federation_goes_on(tmp_path):
     """A fixed noise spends the budget before the last round; later rounds go on without the client."""
     changes = {
-        "defense.name": "dp-sgd(epsilon=4, noise-multiplier=0.8, delta=0.001)",
+        "defense.name": "dp-sgd(epsilon=3, noise-multiplier=0.8, delta=0.001)",
         "audit.measures": "update-norm",
     }
     run = execute(config(tmp_path, "stop", **changes, **{"federation.rounds": 60, "audit.every": 60}))
     stopped = run.records[run.records["status"] == "rejected"]
     assert len(stopped) and stopped["reason"].str.contains("budget|epsilon").all()
     spent = run.records[run.records["quantity"] == "epsilon"]
-    assert spent["value"].max() <= 4.0
+    assert spent["value"].max() <= 3.0
     assert run.records["round"].max() == 60
 
 

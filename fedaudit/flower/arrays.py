@@ -171,7 +171,7 @@ def copy_into(state_dict: Mapping[str, torch.Tensor], record: ArrayRecord) -> No
         values = _fast(record[key]).read()
         if values.shape != tensor.shape:
             raise ValueError(
-                f"an array keeps its shape, got {values.shape} for {tuple(tensor.shape)} in {key!r}: "
+                f"arrays have the model's shapes, got {values.shape} for {tuple(tensor.shape)} of {key!r}: "
                 "send the weights of this model"
             )
         target = tensor.detach()

@@ -11,7 +11,7 @@ DP(AuditStrategy(FedAvg)) sees what the DP wrapper made of it.
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -166,7 +166,7 @@ def _as_failure(asked: Message, reason: str) -> Message:
 def _guarantee(beside: Mapping[str, Any]) -> Guarantee | None:
     if "epsilon" not in beside:
         return None
-    unit = "client" if beside["privacy-unit"] == "client" else "example"
+    unit: Literal["client", "example"] = "client" if beside["privacy-unit"] == "client" else "example"
     return Guarantee(float(beside["epsilon"]), float(beside["delta"]), unit, str(beside["accountant"]))
 
 

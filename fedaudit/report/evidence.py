@@ -23,8 +23,10 @@ class Evidence:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The runs to use: one per defense and seed."""
-        return distinct_runs(self.given)[0]
+        """The runs to use: one per defense and seed, in the order of `defenses`."""
+        kept = distinct_runs(self.given)[0]
+        places = {name: place for place, name in enumerate(defenses_in(kept))}
+        return sorted(kept, key=lambda run: places[defense_of(run)])
 
     @property
     def left_out(self) -> list[Run]:

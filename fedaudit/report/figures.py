@@ -217,7 +217,7 @@ def utility_against_leakage(
     title = with_unit(describe(utility).label, unit_of(values[values["quantity"] == utility]))
     figure.update_yaxes(**_padded(base["y"]))
     figure.update_yaxes(title_text=wrap(title, 30), col=1)
-    height = 130 + 24 * len(defenses) + 275 * down
+    height = 130 + 24 * len(defenses) + 265 * down
     note = "large marks: mean over seeds; small white marks: single seeds; up and to the left is better"
     style_figure(figure, f"{describe(utility).label} against leakage", note, list(defenses), height)
     figure.update_layout(margin_b=85 + 24 * len(defenses))

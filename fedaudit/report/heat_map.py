@@ -64,7 +64,7 @@ def heat_map(
             hovertemplate="client %{y}, round %{x}: "
             + ("%{customdata}" if raw.size <= 5000 else ("10^%{z}" if wide else "%{z}"))
             + "<extra></extra>",
-            xgap=1 if len(rounds) <= 60 else 0,
+            xgap=1 if len(grid) <= 40 and len(rounds) <= 60 else 0,
             ygap=1 if len(grid) <= 40 else 0,
             row=i // across + 1,
             col=i % across + 1,

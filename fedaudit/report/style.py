@@ -71,7 +71,7 @@ def lay_out(
     kinds = ", ".join(dict.fromkeys(part["kind"]))
     observers = ", ".join(dict.fromkeys(part["observer"]))
     note = f"observer: {safe(observers)} · {safe(kinds)} · {note}"
-    style_figure(figure, describe(quantity).label, note, legend, height or 350 + 24 * len(legend))
+    style_figure(figure, describe(quantity).label, note, legend, height or 330 + 24 * len(legend))
 
 
 def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], height: int) -> None:

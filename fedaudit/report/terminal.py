@@ -5,26 +5,66 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from fedaudit.report.display import comparison_text
+from fedaudit.report.display import headline, plus_minus
+from fedaudit.report.quantities import describe
 
 INTERVALS = "mean ± half-width of the Student-t 95 % interval over seeds; one seed has no interval"
+SHORT = {
+    "accuracy": "Acc.",
+    "mutual-information": "MI",
+    "example-gradient-uniqueness": "GNQ",
+    "example-gradient-uniqueness bound": "GNQ\nbound",
+    "cohort-gradient-uniqueness": "cohort\nGNQ",
+    "psnr": "PSNR",
+}
 
 
 def rich_table(comparison: pd.DataFrame, title: str = "Comparison of defenses") -> Table:
-    """A `tables.comparison_table` as a rich table: one column per defense, one row per quantity.
+    """A `tables.comparison_table` as a rich table: one row per defense, one column per quantity.
 
-    Defenses are the columns because they are few and quantities are many: it fits 80 characters.
+    A heading says the quantity, its unit and who observed it; a value's interval stands below it. The usual
+    columns fit 80 characters.
     """
-    text = comparison_text(comparison)
-    table = Table(title=escape(title), caption=INTERVALS, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("", style="bold")
-    for defense in text["Defense"]:
-        table.add_column(escape(str(defense)), justify="right", overflow="fold")
-    for heading in text.columns[1:]:
-        table.add_row(escape(str(heading)), *(escape(str(cell)) for cell in text[heading]))
-    if not len(text):
+    if not len(comparison):
+        table = Table(title=escape(title))
         table.add_row("There are no runs to compare.")
+        return table
+    counts = f"rounds {_range(comparison['rounds'])}, seeds {_range(comparison['seeds'])}"
+    table = Table(
+        title=escape(f"{title} ({counts})"), caption=INTERVALS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.title_justify = "left"
+    table.add_column("Defense", style="bold", overflow="fold", max_width=17)
+    names = headline(comparison)
+    for name in names:
+        table.add_column(escape(_heading(comparison, name)), justify="right", overflow="fold")
+    table.add_column("ε of worst\nclient", justify="right", overflow="fold")
+    table.add_column("Time\n[s]", justify="right")
+    for _, row in comparison.iterrows():
+        cells = [_value(row[name], row[f"{name} ±"]) for name in names]
+        guarantee = str(row["guarantee"]).replace(" (", "\n").replace(", ", "\n").replace(")", "")
+        cells += [guarantee.replace("formal ", "formal\n"), _value(row["seconds"], row["seconds ±"])]
+        table.add_row(escape(str(row["defense"])), *map(escape, cells), end_section=True)
     return table
+
+
+def _heading(comparison: pd.DataFrame, name: str) -> str:
+    owner, _, score = name.partition(".")
+    short = SHORT.get(name) or (
+        f"{owner.upper()}\n{SHORT.get(score, score)}" if score else describe(name).label
+    )
+    unit = next((u for u in comparison[f"{name} unit"] if u and u != "1"), "")
+    observers = "/".join(o for o in dict.fromkeys(comparison[f"{name} observer"]) if o)
+    return "\n".join(filter(None, (short, f"[{unit}]" if unit else "", observers)))
+
+
+def _value(mean: float, half: float) -> str:
+    return plus_minus(mean, half).replace(" ± ", "\n±")
+
+
+def _range(numbers: pd.Series) -> str:  # type: ignore[type-arg, unused-ignore]
+    low, high = numbers.min(), numbers.max()
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def to_markdown(frame: pd.DataFrame) -> str:

@@ -217,7 +217,7 @@ def test_several_local_steps_and_the_assumptions_are_stated() -> None:
     two = attack.reconstruct(one_step(small_net, x, y), context(small_net, x, local_steps=2))
     assert "warning" not in one.conditions
     assert two.conditions["warning"] == "single-gradient attack on a multi-step update: not expected to work"
-    assert (one.conditions["mode"], one.conditions["labels"], one.conditions["batch_size"]) == (
+    assert (one.conditions["batchnorm-mode"], one.conditions["labels"], one.conditions["batch-size"]) == (
         "eval",
         "joint",
         1,
@@ -240,7 +240,7 @@ def test_a_batch_norm_gradient_fits_the_truth_only_in_the_mode_it_was_made_in(
 
     monkeypatch.setattr(dlg, "match_gradient", at_the_truth)
     assert DLG(mode="train").reconstruct(update, ctx).conditions["converged"]
-    assert float(DLG(mode="eval").reconstruct(update, ctx).conditions["relative_objective"]) > 0.01
+    assert float(DLG(mode="eval").reconstruct(update, ctx).conditions["relative-objective"]) > 0.01
 
 
 def test_dropout_is_off_so_that_the_objective_is_deterministic() -> None:
@@ -301,6 +301,7 @@ def test_a_batch_without_a_head_bias_needs_joint_labels() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.replication
 def test_untrained_sigmoid_lenet_leaks_at_least_18_of_20_natural_images() -> None:
     data = patches()
     decibels = []

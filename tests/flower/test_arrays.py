@@ -203,5 +203,5 @@ def test_copying_other_names_or_shapes_is_refused():
     record = from_state_dict({"w": torch.ones(2)})
     with pytest.raises(ValueError, match=r"named as in the model, got \['w'\] for \['v'\]"):
         copy_into({"v": torch.zeros(2)}, record)
-    with pytest.raises(ValueError, match=r"keeps its shape, got \(2,\) for \(1,\) in 'w'"):
+    with pytest.raises(ValueError, match=r"the model.s shapes, got \(2,\) for \(1,\) of 'w'"):
         copy_into({"w": torch.zeros(1)}, record)

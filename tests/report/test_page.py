@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -208,3 +210,24 @@ def test_thousand_clients_and_fifty_rounds_stay_below_eight_megabytes(tmp_path: 
     assert "more reasons are in the records" in parsed.text
     heat = [t for figure in parsed.figures for t in figure["data"] if t["type"] == "heatmap"]
     assert [len(t["y"]) for t in heat] == [100]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_browser_draws_every_figure_without_an_error(page: str, tmp_path: Path):
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    quiet = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    )
+    command = [
+        "chromium",
+        *quiet.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+    ]
+    command += ["--virtual-time-budget=8000", "--dump-dom", f"file://{tmp_path / 'report.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr  # a violation of the page's own policy would be logged there
+    drawn = Page(done.stdout)
+    boxes = [a for tag, a in drawn.tags if tag == "div" and "js-plotly-plot" in (a.get("class") or "")]
+    assert len(boxes) == len(Page(page).figures) > 10

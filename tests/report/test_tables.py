@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from fedaudit.records import AuditLog, Run, load_run, write_json
+from fedaudit.report.evidence import gather
 from fedaudit.report.guarantees import worst_epsilon
 from fedaudit.report.seeds import distinct_runs, numbers, per_seed, pool, t_interval
 from fedaudit.report.tables import (
@@ -171,6 +172,12 @@ def test_second_run_of_a_seed_is_left_out(tmp_path: Path):
     kept, left_out = distinct_runs([longer, first])
     assert [kept[0] is longer, left_out[0] is first] == [True, True]
     assert comparison_table([longer, first])["seeds"].item() == 1
+
+
+def test_undefended_runs_come_first_whatever_order_they_are_given_in(tmp_path: Path):
+    runs = [accuracy_run(tmp_path, defense, 0, 0.5) for defense in ("gaussian", "none", "dp-sgd")]
+    assert [run.name for run in gather(runs).runs] == ["none-0", "gaussian-0", "dp-sgd-0"]
+    assert comparison_table(runs)["defense"].tolist() == ["none", "gaussian", "dp-sgd"]
 
 
 def test_problems_are_counted_by_reason(runs: list[Run]):
