@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedaudit.app import Setup
-from fedaudit.auditor import Auditor, Finding, run_measure
+from fedaudit.auditor import Auditor, Finding, is_due, run_measure
 from fedaudit.flower.arrays import to_state_dict
 from fedaudit.types import ClientUpdate, Measure
 
@@ -20,8 +20,7 @@ def self_audit(
     audit = made.config.audit
     if "client" not in audit.observer_names:
         return
-    due = round_number in (1, made.config.federation.rounds) or round_number % audit.every == 0
-    if not due:
+    if not is_due(round_number, audit.every, made.config.federation.rounds):
         return
     before = to_state_dict(arrays)
     delta = {name: after[name] - sent for name, sent in before.items() if sent.is_floating_point()}

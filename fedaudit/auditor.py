@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedaudit.errors import RunFailedError
+from fedaudit.kept_files import save_images, save_update
 from fedaudit.needs import missing
 from fedaudit.progress import announce
 from fedaudit.records import AuditLog, AuditRecord, Status
@@ -55,6 +56,15 @@ class ClientFinding:
     measure: str
     finding: Finding
     seconds: float
+
+
+def is_due(round_number: int, every: int, last_round: int) -> bool:
+    """Whether a round is measured: every `every` rounds, the first and the last always.
+
+    >>> [number for number in range(1, 9) if is_due(number, 5, 8)]
+    [1, 5, 8]
+    """
+    return round_number in (1, last_round) or round_number % every == 0
 
 
 def run_measure(
@@ -144,7 +154,7 @@ class Auditor:
 
     def due(self, round_number: int) -> bool:
         """Whether this round is measured."""
-        return round_number in (1, self.last_round) or round_number % self.every == 0
+        return is_due(round_number, self.every, self.last_round)
 
     def audit(
         self,
@@ -168,7 +178,7 @@ class Auditor:
                 rows.client_finding(found, self._unit(found.measure))
         if self.save_updates and self.log:
             for update in ordered:
-                _save_update(self.log.folder / "updates", update)
+                save_update(self.log.folder / "updates", update)
         if round_number in self.attack_rounds:
             for attack in self.attacks:
                 self._attack(attack, ordered[: self.attack_clients], rows)
@@ -314,7 +324,7 @@ class Auditor:
                     quantity, unit, "oracle", Estimate(results[key], unit, "exact", extra=extra), 0.0, update
                 )
         if self.save_images and self.log:
-            _save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)
+            save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)
 
 
 class _Rows:
@@ -421,45 +431,3 @@ class _Rows:
         status: Status = "skipped" if isinstance(finding, Skip) else "failed"
         reason = finding.reason if isinstance(finding, Skip) else f"{type(finding).__name__}: {finding}"
         self._row(client, node, quantity, unit, status=status, reason=reason, **common)
-
-
-def _save_update(folder: Path, update: ClientUpdate) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"before/{name}": tensor.contiguous() for name, tensor in update.before.items()}
-    tensors |= {f"delta/{name}": tensor.contiguous() for name, tensor in update.delta.items()}
-    save_file(tensors, folder / f"round-{update.round:05d}-client-{update.client_id}.safetensors")
-
-
-def _save_images(
-    folder: Path,
-    name: str,
-    found: Reconstruction,
-    originals: Any,
-    update: ClientUpdate,
-    ctx: RoundContext,
-    results: Mapping[str, float],
-) -> None:
-    from safetensors.torch import save_file
-
-    from fedaudit.attacks import scores
-
-    low, high = ctx.value_range
-    clamped = found.x.detach().cpu().clamp(low, high)
-    rows, columns, _ = scores.match(clamped, originals)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            "original": ((originals[columns] - low) / (high - low)).float().contiguous(),
-            "reconstruction": ((clamped[rows] - low) / (high - low)).float().contiguous(),
-        },
-        folder / f"round-{update.round:05d}-client-{update.client_id}-{name}.safetensors",
-        metadata={
-            "attack": name,
-            "round": str(update.round),
-            "client": str(update.client_id),
-            "psnr": f"{results['psnr']:.4f}",
-            "conditions": json.dumps(dict(found.conditions), sort_keys=True),
-        },
-    )
