@@ -60,7 +60,7 @@ def train(message: Message, context: Context) -> Message:
             "privacy-unit": guarantee.unit,
             "accountant": guarantee.accountant,
         }
-    for name, finding, seconds in self_audit(made, client, round_number, arrays, after):
+    for name, finding, seconds in self_audit(made, client, round_number, arrays, after, guarantee):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
     if guarantee is None:  # the loss is a function of the data that no noise protects

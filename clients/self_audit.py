@@ -8,13 +8,19 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedaudit.app import Setup
-from fedaudit.auditor import Auditor, Finding, is_due, run_measure
+from fedaudit.audit_rows import Finding
+from fedaudit.auditor import Auditor, is_due, run_measure
 from fedaudit.flower.arrays import to_state_dict
-from fedaudit.types import ClientUpdate, Measure
+from fedaudit.types import ClientUpdate, Guarantee, Measure
 
 
 def self_audit(
-    made: Setup, client: int, round_number: int, arrays: ArrayRecord, after: Mapping[str, Tensor]
+    made: Setup,
+    client: int,
+    round_number: int,
+    arrays: ArrayRecord,
+    after: Mapping[str, Tensor],
+    guarantee: Guarantee | None,
 ) -> Iterator[tuple[str, Finding, float]]:
     """Name, finding and seconds of each measure a client may compute on its own examples."""
     audit = made.config.audit
@@ -26,7 +32,12 @@ def self_audit(
     delta = {name: after[name] - sent for name, sent in before.items() if sent.is_floating_point()}
     update = ClientUpdate(client, round_number, before, delta, len(made.partitions[client]))
     ctx = replace(
-        made.context(round_number), observer="client", evidence=made.evidence, reference=None, num_updates=1
+        made.context(round_number),
+        observer="client",
+        evidence=made.evidence,
+        guarantee=lambda _update: guarantee,
+        reference=None,
+        num_updates=1,
     )
     for measure in _measures(audit.measures):
         findings, seconds = run_measure(measure, "client", [update], ctx)

@@ -4,20 +4,19 @@ A measure runs where its needs are known; otherwise it becomes a skipped row wit
 becomes a failed row and the federation goes on; `strict` turns either into an error.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
 from fedaudit.errors import RunFailedError
 from fedaudit.kept_files import save_images, save_update
 from fedaudit.needs import missing
 from fedaudit.progress import announce
-from fedaudit.records import AuditLog, AuditRecord, Status
+from fedaudit.records import AuditLog, AuditRecord
 from fedaudit.registry import ATTACKS, MEASURES
 from fedaudit.spec import parse_specs
 from fedaudit.types import (
@@ -35,27 +34,6 @@ from fedaudit.types import (
 
 logger = logging.getLogger(__name__)
 ALWAYS_ON = "cohort-gradient-uniqueness, update-norm, update-cosine"
-Finding = Estimate | Skip | Exception
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A client's reply that was not usable, and why."""
-
-    client_id: int
-    node_id: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ClientFinding:
-    """What a client measured about itself and reported."""
-
-    client_id: int
-    node_id: int
-    measure: str
-    finding: Finding
-    seconds: float
 
 
 def is_due(round_number: int, every: int, last_round: int) -> bool:
@@ -143,6 +121,7 @@ class Auditor:
         self.strict = strict
         self.save_images = save_images
         self.save_updates = save_updates
+        self._guarantees: Mapping[int, Guarantee] = {}
         self._round = 0
         self._held = self._unwritten = False
         self.current: list[AuditRecord] = []
@@ -167,7 +146,8 @@ class Auditor:
         """Measure and attack one round's updates, write the rows, and return them."""
         self._start(round_number)
         ordered = sorted(updates, key=lambda update: update.client_id)
-        rows = _Rows(self.run_id, round_number, self.defense, dict(guarantees or {}))
+        self._guarantees = dict(guarantees or {})
+        rows = AuditRows(self.run_id, round_number, self.defense, self._guarantees)
         for rejection in rejected:
             rows.reject(rejection)
         for update in ordered:
@@ -245,6 +225,7 @@ class Auditor:
             round=round_number,
             observer="server",
             evidence=None,
+            guarantee=lambda update: self._guarantees.get(update.client_id),
             num_updates=len(updates),
         )
         contexts: dict[Observer, RoundContext] = {"server": server}
@@ -252,7 +233,7 @@ class Auditor:
             contexts["oracle"] = replace(server, observer="oracle", evidence=self.oracle.evidence)
         return contexts
 
-    def _measure(self, updates: Sequence[ClientUpdate], rows: "_Rows") -> None:
+    def _measure(self, updates: Sequence[ClientUpdate], rows: AuditRows) -> None:
         contexts = self._contexts(updates)
         jobs = [
             (measure, observer)
@@ -276,7 +257,7 @@ class Auditor:
                 )
             announce("audit", number, len(jobs) + len(self.attacks), updates[0].round, name=measure.name)
 
-    def _attack(self, attack: Attack, updates: Sequence[ClientUpdate], rows: "_Rows") -> None:
+    def _attack(self, attack: Attack, updates: Sequence[ClientUpdate], rows: AuditRows) -> None:
         if not updates:
             return
         ctx = self._contexts(updates)["server"]
@@ -303,7 +284,7 @@ class Auditor:
             announce("audit", number, len(updates), update.round, name=attack.name)
 
     def _score(
-        self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: "_Rows"
+        self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: AuditRows
     ) -> None:
         """Scores against the truth: an oracle's rows, apart from the attack that must not see it."""
         from fedaudit.attacks import scores
@@ -325,109 +306,3 @@ class Auditor:
                 )
         if self.save_images and self.log:
             save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)
-
-
-class _Rows:
-    """Collects the rows of one round; every row of a client carries the client's epsilon."""
-
-    def __init__(
-        self, run_id: str, round_number: int, defense: str, guarantees: dict[int, Guarantee]
-    ) -> None:
-        self.run_id, self.round, self.defense, self.guarantees = run_id, round_number, defense, guarantees
-        self.records: list[AuditRecord] = []
-
-    def _row(self, client: int | None, node: int | None, quantity: str, unit: str, **values: Any) -> None:
-        privacy: dict[str, Any] = {}
-        guarantee = self.guarantees.get(client) if client is not None else None
-        if guarantee is not None:
-            privacy = {
-                "epsilon": guarantee.epsilon,
-                "delta": guarantee.delta,
-                "privacy_unit": guarantee.unit,
-                "accountant": guarantee.accountant,
-            }
-        base = {"kind": "exact", "value": None, "observer": "server"} | values
-        self.records.append(
-            AuditRecord(
-                run_id=self.run_id,
-                round=self.round,
-                client_id=client,
-                node_id=node,
-                quantity=quantity,
-                unit=unit,
-                defense=self.defense,
-                **base,
-                **privacy,
-            )
-        )
-
-    def reject(self, rejection: Rejection) -> None:
-        """A reply that was not used."""
-        self._row(
-            rejection.client_id, rejection.node_id, "update", "1", status="rejected", reason=rejection.reason
-        )
-
-    def reported(self, update: ClientUpdate) -> None:
-        """What a client reports with its update: its loss and its epsilon."""
-        if "train-loss" in update.reported:
-            loss = update.reported["train-loss"]
-            self._row(update.client_id, update.node_id, "train-loss", "nats", value=loss, observer="client")
-        guarantee = self.guarantees.get(update.client_id)
-        if guarantee is not None:
-            self._row(
-                update.client_id,
-                update.node_id,
-                "epsilon",
-                "1",
-                value=guarantee.epsilon,
-                kind="upper",
-                observer="client",
-            )
-
-    def client_finding(self, found: ClientFinding, unit: str) -> None:
-        """What a client measured about itself."""
-        self._finding(
-            found.client_id, found.node_id, found.measure, unit, "client", found.finding, found.seconds
-        )
-
-    def add(
-        self,
-        quantity: str,
-        unit: str,
-        observer: str,
-        finding: Finding,
-        seconds: float,
-        update: ClientUpdate | None,
-    ) -> None:
-        """What the server or the oracle measured."""
-        client, node = (update.client_id, update.node_id) if update is not None else (None, None)
-        self._finding(client, node, quantity, unit, observer, finding, seconds)
-
-    def _finding(
-        self,
-        client: int | None,
-        node: int | None,
-        quantity: str,
-        unit: str,
-        observer: str,
-        finding: Finding,
-        seconds: float,
-    ) -> None:
-        common: dict[str, Any] = {"observer": observer, "seconds": seconds}
-        if isinstance(finding, Estimate):
-            self._row(
-                client,
-                node,
-                quantity,
-                finding.unit,
-                value=float(finding.value),
-                kind=finding.kind,
-                low=finding.low,
-                high=finding.high,
-                extra=json.dumps(dict(finding.extra), sort_keys=True),
-                **common,
-            )
-            return
-        status: Status = "skipped" if isinstance(finding, Skip) else "failed"
-        reason = finding.reason if isinstance(finding, Skip) else f"{type(finding).__name__}: {finding}"
-        self._row(client, node, quantity, unit, status=status, reason=reason, **common)

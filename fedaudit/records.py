@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _VERSION_KEY = "fedaudit-schema"
 Status = Literal["ok", "skipped", "failed", "rejected"]
 
@@ -40,7 +40,8 @@ class AuditRecord:
         round: server round; 0 is before training.
         client_id: partition or node; None for a quantity of the whole round.
         node_id: the node that replied; None for a quantity of the whole round.
-        quantity: what was measured, e.g. "update-norm", "accuracy", "dlg.psnr", "epsilon".
+        quantity: what was measured, e.g. "update-norm", "accuracy", "dlg.psnr", "epsilon"; a layer's share
+            of a measure is "<measure>.layer".
         value: the number; None unless status is "ok".
         unit: unit of value, low and high.
         kind: exact, estimate, lower or upper.
@@ -56,6 +57,7 @@ class AuditRecord:
         status: ok, skipped, failed or rejected.
         reason: why, unless ok.
         extra: settings and side results as JSON.
+        layer: module name, for "<measure>.layer" rows only.
     """
 
     run_id: str
@@ -78,6 +80,7 @@ class AuditRecord:
     status: Status = "ok"
     reason: str = ""
     extra: str = "{}"
+    layer: str | None = None
 
 
 @cache

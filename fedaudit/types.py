@@ -125,6 +125,7 @@ class RoundContext:
         reference: the observer's own examples and labels.
         release: what one local step of a given client makes visible.
         evidence: a client's own examples; only for the observers client and oracle.
+        guarantee: the privacy guarantee a given client states after this round, if it states one.
         observer: who is looking.
         seed: seed of everything random the observer does in this round.
         device: where to compute.
@@ -144,6 +145,7 @@ class RoundContext:
     reference: tuple[Tensor, Tensor] | None = None
     release: Callable[[ClientUpdate], StepRelease] | None = None
     evidence: Callable[[ClientUpdate], LocalEvidence] | None = None
+    guarantee: Callable[[ClientUpdate], Guarantee | None] | None = None
     observer: Observer = "server"
     seed: int = 0
     device: str = "cpu"
@@ -188,6 +190,7 @@ class Estimate:
         low: lower end of its interval, if there is one.
         high: upper end of its interval, if there is one.
         extra: the settings and side results a reader needs: ridge, ceiling, p-value, ...
+        layers: the same quantity for each layer alone, by module name; empty if it is not layer-wise.
     """
 
     value: float
@@ -196,6 +199,7 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     extra: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 
-from fedaudit.auditor import Auditor, ClientFinding, Rejection
+from fedaudit.audit_rows import ClientFinding, Rejection
+from fedaudit.auditor import Auditor
 from fedaudit.errors import RunFailedError
 from fedaudit.needs import Needs
 from fedaudit.records import load_run
@@ -112,8 +114,8 @@ def test_a_round_keeps_rows_added_later(tmp_path):
     auditor.audit(2, [update(0)])
     records = load_run(tmp_path / "run").records
     first = records[records["round"] == 1]
-    assert set(first["quantity"]) == {"update-norm", "train-loss", "accuracy"}
-    assert (records["round"] == 2).sum() == 2
+    assert set(first["quantity"]) == {"update-norm", "update-norm.layer", "train-loss", "accuracy"}
+    assert (records["round"] == 2).sum() == 3
 
 
 def test_a_held_round_is_written_once_when_it_is_flushed(tmp_path, monkeypatch):
@@ -129,7 +131,12 @@ def test_a_held_round_is_written_once_when_it_is_flushed(tmp_path, monkeypatch):
         auditor.flush()
         assert written == [1]
     assert written == [1]
-    assert set(load_run(tmp_path / "run").records["quantity"]) == {"update-norm", "train-loss", "accuracy"}
+    assert set(load_run(tmp_path / "run").records["quantity"]) == {
+        "update-norm",
+        "update-norm.layer",
+        "train-loss",
+        "accuracy",
+    }
 
 
 def test_held_rows_reach_the_disk_with_the_next_round_and_after_an_error(tmp_path):
@@ -179,3 +186,37 @@ def test_an_attack_never_sees_the_truth_and_scoring_is_the_oracles(tmp_path):
     assert rows_of(records, "peek.objective")[0].observer == "server"
     assert json.loads(psnr.extra)["labels"] == "joint"
     assert (tmp_path / "run" / "attacks" / "round-00001-client-0-peek.safetensors").exists()
+
+
+def test_a_layer_wise_finding_has_a_row_for_each_layer(tmp_path):
+    auditor = Auditor(tmp_path / "run", "update-norm")
+    auditor.audit(1, [update(0), update(1)])
+    records = load_run(tmp_path / "run").records
+    whole = records[records["quantity"] == "update-norm"].set_index("client_id")["value"]
+    layers = records[records["quantity"] == "update-norm.layer"]
+    assert (
+        layers["layer"].notna().all()
+        and records.loc[records["quantity"] == "update-norm", "layer"].isna().all()
+    )
+    rest = layers.assign(square=layers["value"] ** 2).groupby("client_id")["square"].sum() ** 0.5
+    pd.testing.assert_series_equal(whole, rest, check_names=False)
+
+
+def test_measures_see_the_guarantee_a_client_states(tmp_path, monkeypatch):
+    seen = {}
+
+    class Sees:
+        name, unit, scope, observers = "sees", "1", "client", ("server",)
+
+        def needs(self, observer):
+            return Needs.NOTHING
+
+        def __call__(self, updates, ctx):
+            seen.update({u.client_id: ctx.guarantee(u) for u in updates})
+            return [Estimate(0.0, "1", "exact") for _ in updates]
+
+    auditor = Auditor(None, "")
+    auditor.measures = [Sees()]
+    stated = Guarantee(2.0, 1e-5, "example", "rdp")
+    auditor.audit(1, [update(0), update(1)], guarantees={1: stated})
+    assert seen == {0: None, 1: stated}

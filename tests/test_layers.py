@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """errors types needs spec registry config records progress vision opacus_parts resnet __version__
 accounting
 measures attacks canaries defenses data models
-auditor report training kept_files
+auditor audit_rows report training kept_files
 flower simulation
 app cli watch __main__ __init__
 strategies clients"""

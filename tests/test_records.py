@@ -40,6 +40,7 @@ def test_every_field_of_a_record_is_a_column_of_its_type() -> None:
         ("status", "string", False),
         ("reason", "string", False),
         ("extra", "string", False),
+        ("layer", "string", True),
     ]
 
 
@@ -188,8 +189,8 @@ def test_a_damaged_audit_file_is_named(tmp_path: Path) -> None:
 
 def test_a_file_of_another_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = AuditLog(tmp_path).write_round(1, [record()])
-    monkeypatch.setattr(records, "SCHEMA_VERSION", 2)
-    with pytest.raises(RecordError, match="audit files of schema 2 can be read, got 1 in"):
+    monkeypatch.setattr(records, "SCHEMA_VERSION", 3)
+    with pytest.raises(RecordError, match="audit files of schema 3 can be read, got 2 in"):
         _ = load_run(tmp_path).records
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(RecordError, match="got none in"):

@@ -7,7 +7,7 @@ the one ArrayRecord and the one MetricRecord they insist on stay as they are.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -106,7 +106,8 @@ def reply(
 def encode_finding(finding: Estimate | Skip | Exception, seconds: float) -> str:
     """What a client-side measure found, as text that fits a ConfigRecord."""
     if isinstance(finding, Estimate):
-        return json.dumps({"estimate": {**asdict(finding), "extra": dict(finding.extra)}, "seconds": seconds})
+        plain = {**vars(finding), "extra": dict(finding.extra), "layers": dict(finding.layers)}
+        return json.dumps({"estimate": plain, "seconds": seconds})
     if isinstance(finding, Skip):
         return json.dumps({"skip": finding.reason, "seconds": seconds})
     return json.dumps({"failed": f"{type(finding).__name__}: {finding}", "seconds": seconds})
@@ -119,11 +120,12 @@ def decode_finding(text: str) -> tuple[Estimate | Skip | Exception, float]:
         seconds = float(found["seconds"])
         if "estimate" in found:
             estimate = Estimate(**found["estimate"])
-            return Estimate(**{**asdict(estimate), "value": float(estimate.value)}), seconds
+            layers = {str(layer): float(value) for layer, value in estimate.layers.items()}
+            return replace(estimate, value=float(estimate.value), layers=layers), seconds
         if "skip" in found:
             return Skip(str(found["skip"])), seconds
         return RuntimeError(str(found["failed"])), seconds
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return BadUpdateError(f"a client's finding is JSON as this version writes it, got {error}"), 0.0
 
 

@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedaudit.auditor import Auditor, ClientFinding, Rejection
+from fedaudit.audit_rows import ClientFinding, Rejection
+from fedaudit.auditor import Auditor
 from fedaudit.errors import BadUpdateError, ConfigError
 from fedaudit.flower.arrays import to_state_dict
 from fedaudit.flower.messages import (

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedaudit.types import ClientUpdate
+
 BLOCK = 2**20  # numbers in one block: 8 MB in float64, which several passes over it find in the cache
 
 
@@ -65,3 +67,20 @@ def shared_shapes(deltas: Sequence[Mapping[str, Tensor]]) -> dict[str, torch.Siz
                 f"{position} than in update 0: compare updates of one model"
             )
     return shapes
+
+
+def same_weights(updates: Sequence[ClientUpdate]) -> list[list[int]]:
+    """Positions of updates that started from equal weights; usually one group, the whole round."""
+    groups: list[list[int]] = []
+    for position, update in enumerate(updates):
+        for group in groups:
+            other = updates[group[0]].before
+            if other is update.before or (
+                other.keys() == update.before.keys()
+                and all(torch.equal(value, update.before[name]) for name, value in other.items())
+            ):
+                group.append(position)
+                break
+        else:
+            groups.append([position])
+    return groups

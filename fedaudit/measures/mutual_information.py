@@ -1,6 +1,5 @@
 """Mutual information between a local batch and the protected gradient released for it."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from fedaudit.measures.batch_critic import (
     train_critic,
 )
 from fedaudit.measures.batch_pools import Holding, build_pools, gradient_coordinates, split_examples
+from fedaudit.measures.cohort import same_weights
+from fedaudit.measures.draws import generator_for
 from fedaudit.measures.mi_bounds import (
     bootstrap_interval,
     donsker_varadhan,
@@ -133,7 +134,7 @@ class MutualInformation:
             ValueError: if no update has enough examples.
         """
         results: list[Estimate | Skip | None] = [None] * len(updates)
-        for positions in _same_weights(updates):
+        for positions in same_weights(updates):
             group = [updates[i] for i in positions]
             for position, result in zip(positions, self._group(group, ctx), strict=True):
                 results[position] = result
@@ -176,7 +177,7 @@ class MutualInformation:
         raise ValueError(f"mutual information lacks what observer {ctx.observer!r} needs: see needs()")
 
     def _holding(self, x: Tensor, y: Tensor, release: StepRelease, key: int, ctx: RoundContext) -> Holding:
-        parts = split_examples(len(x), self.examples, _generator(ctx, "split", key))
+        parts = split_examples(len(x), self.examples, generator_for(ctx, self.name, "split", key))
         used = torch.cat(parts).to(x.device)
         batch = self.batch or ctx.batch_size or max(1, round(release.sample_rate * len(x)))
         return Holding(
@@ -200,7 +201,7 @@ class MutualInformation:
             model = ctx.build_model().to(ctx.device).eval()
         placed = {name: value.to(ctx.device) for name, value in weights.items()}
         coordinates, energies = gradient_coordinates(
-            holdings, model, placed, ctx.loss, self.dims, _generator(ctx, "basis")
+            holdings, model, placed, ctx.loss, self.dims, generator_for(ctx, self.name, "basis", 0)
         )
         classes = ctx.num_classes or max(int(holding.y.max()) for holding in holdings) + 1
         pools = build_pools(holdings, coordinates, classes, self.dims, self.informed)
@@ -212,7 +213,7 @@ class MutualInformation:
             hidden=self.hidden,
             informed=self.informed,
             lr=self.lr,
-            generator=_generator(ctx, "critic"),
+            generator=generator_for(ctx, self.name, "critic", 0),
         )
         of = "reference" if ctx.observer == "server" else "client"
         estimates = []
@@ -230,7 +231,9 @@ class MutualInformation:
                 "informed": self.informed,
                 "critic-step": step,
             }
-            estimates.append(self._evaluate(critic, split, settings, _generator(ctx, "evaluate", key)))
+            estimates.append(
+                self._evaluate(critic, split, settings, generator_for(ctx, self.name, "evaluate", key))
+            )
         return estimates
 
     def _evaluate(
@@ -265,26 +268,3 @@ class MutualInformation:
             rows = torch.cat([pool.coordinates for pool in pools])
             extra["gaussian-channel"] = gaussian_channel(rows, held.batch, held.noise_std)
         return Estimate(float(infonce(scores)), self.unit, "estimate", low, high, extra)
-
-
-def _same_weights(updates: Sequence[ClientUpdate]) -> list[list[int]]:
-    """Positions of updates that started from equal weights; usually one group, the whole round."""
-    groups: list[list[int]] = []
-    for position, update in enumerate(updates):
-        for group in groups:
-            other = updates[group[0]].before
-            if other is update.before or (
-                other.keys() == update.before.keys()
-                and all(torch.equal(value, update.before[name]) for name, value in other.items())
-            ):
-                group.append(position)
-                break
-        else:
-            groups.append([position])
-    return groups
-
-
-def _generator(ctx: RoundContext, purpose: str, key: int = 0) -> torch.Generator:
-    """A generator of its own per round, purpose and client: no client shifts another's draws."""
-    digest = hashlib.sha256(f"mutual-information/{ctx.seed}/{ctx.round}/{purpose}/{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

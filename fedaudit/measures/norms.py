@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedaudit.measures.cohort import parameter_blocks, shared_shapes
+from fedaudit.measures.layers import layers_of
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Estimate, Observer, RoundContext
 
@@ -27,11 +28,16 @@ def update_norms(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
     >>> update_norms([{"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}]).tolist()
     [5.0]
     """
+    return _finite(_squared_norms(deltas).sum(1)).sqrt()
+
+
+def _squared_norms(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Squared norm of every tensor of every update (N, tensors)."""
     names = list(shared_shapes(deltas))
     parts = [
         torch.linalg.vector_norm(delta[n].detach(), dtype=torch.float64) for delta in deltas for n in names
     ]
-    return _finite(torch.stack(parts).reshape(len(deltas), -1).square().sum(1)).sqrt()
+    return torch.stack(parts).reshape(len(deltas), -1).square()
 
 
 def update_cosines(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -75,7 +81,7 @@ def _finite(squared: Tensor) -> Tensor:
 
 @dataclass
 class UpdateNorm:
-    """Euclidean norm of every client's update (server; exact).
+    """Euclidean norm of every client's update, whole and layer by layer (server; exact).
 
     The norm is no leakage by itself: it grows with the learning rate and with the number of local steps, and
     noise that protects a client makes it larger.
@@ -94,8 +100,17 @@ class UpdateNorm:
         """One norm per update, in order."""
         if not updates:
             return []
-        norms = update_norms([update.delta for update in updates]).tolist()
-        return [Estimate(norm, self.unit, "exact") for norm in norms]
+        squared = _squared_norms([update.delta for update in updates])
+        norms = _finite(squared.sum(1)).sqrt()
+        columns = {name: column for column, name in enumerate(updates[0].delta)}
+        layers = {
+            layer: squared[:, [columns[name] for name in names]].sum(1).sqrt().tolist()
+            for layer, names in layers_of(columns).items()
+        }
+        return [
+            Estimate(norm, self.unit, "exact", layers={layer: each[i] for layer, each in layers.items()})
+            for i, norm in enumerate(norms.tolist())
+        ]
 
 
 @dataclass

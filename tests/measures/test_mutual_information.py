@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedaudit.measures.batch_pools import split_examples
+from fedaudit.measures.draws import generator_for
 from fedaudit.measures.mutual_information import MINIMUM_EXAMPLES, MutualInformation
 from fedaudit.needs import Needs
 from fedaudit.registry import MEASURES
@@ -147,7 +148,7 @@ def test_the_critic_and_its_scales_do_not_see_held_out_examples(monkeypatch: pyt
         return original(train, validation, **options)
 
     monkeypatch.setattr(module, "train_critic", spying)
-    held_out = split_examples(60, 256, module._generator(oracle(), "split", 0))[2]
+    held_out = split_examples(60, 256, generator_for(oracle(), "mutual-information", "split", 0))[2]
 
     def changed(u: ClientUpdate) -> LocalEvidence:
         x, y = examples(u.client_id)

@@ -1,0 +1,147 @@
+"""The rows that come of one round's findings: what a measure, a client or the server's checks say, flat."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fedaudit.records import AuditRecord, Status
+from fedaudit.types import ClientUpdate, Estimate, Guarantee, Skip
+
+Finding = Estimate | Skip | Exception
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A client's reply that was not usable, and why."""
+
+    client_id: int
+    node_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClientFinding:
+    """What a client measured about itself and reported."""
+
+    client_id: int
+    node_id: int
+    measure: str
+    finding: Finding
+    seconds: float
+
+
+class AuditRows:
+    """Collects the rows of one round; every row of a client carries the client's epsilon."""
+
+    def __init__(
+        self, run_id: str, round_number: int, defense: str, guarantees: dict[int, Guarantee]
+    ) -> None:
+        self.run_id, self.round, self.defense, self.guarantees = run_id, round_number, defense, guarantees
+        self.records: list[AuditRecord] = []
+
+    def _row(self, client: int | None, node: int | None, quantity: str, unit: str, **values: Any) -> None:
+        privacy: dict[str, Any] = {}
+        guarantee = self.guarantees.get(client) if client is not None else None
+        if guarantee is not None:
+            privacy = {
+                "epsilon": guarantee.epsilon,
+                "delta": guarantee.delta,
+                "privacy_unit": guarantee.unit,
+                "accountant": guarantee.accountant,
+            }
+        base = {"kind": "exact", "value": None, "observer": "server"} | values
+        self.records.append(
+            AuditRecord(
+                run_id=self.run_id,
+                round=self.round,
+                client_id=client,
+                node_id=node,
+                quantity=quantity,
+                unit=unit,
+                defense=self.defense,
+                **base,
+                **privacy,
+            )
+        )
+
+    def reject(self, rejection: Rejection) -> None:
+        """A reply that was not used."""
+        self._row(
+            rejection.client_id, rejection.node_id, "update", "1", status="rejected", reason=rejection.reason
+        )
+
+    def reported(self, update: ClientUpdate) -> None:
+        """What a client reports with its update: its loss and its epsilon."""
+        if "train-loss" in update.reported:
+            loss = update.reported["train-loss"]
+            self._row(update.client_id, update.node_id, "train-loss", "nats", value=loss, observer="client")
+        guarantee = self.guarantees.get(update.client_id)
+        if guarantee is not None:
+            self._row(
+                update.client_id,
+                update.node_id,
+                "epsilon",
+                "1",
+                value=guarantee.epsilon,
+                kind="upper",
+                observer="client",
+            )
+
+    def client_finding(self, found: ClientFinding, unit: str) -> None:
+        """What a client measured about itself."""
+        self._finding(
+            found.client_id, found.node_id, found.measure, unit, "client", found.finding, found.seconds
+        )
+
+    def add(
+        self,
+        quantity: str,
+        unit: str,
+        observer: str,
+        finding: Finding,
+        seconds: float,
+        update: ClientUpdate | None,
+    ) -> None:
+        """What the server or the oracle measured."""
+        client, node = (update.client_id, update.node_id) if update is not None else (None, None)
+        self._finding(client, node, quantity, unit, observer, finding, seconds)
+
+    def _finding(
+        self,
+        client: int | None,
+        node: int | None,
+        quantity: str,
+        unit: str,
+        observer: str,
+        finding: Finding,
+        seconds: float,
+    ) -> None:
+        common: dict[str, Any] = {"observer": observer, "seconds": seconds}
+        if isinstance(finding, Estimate):
+            self._row(
+                client,
+                node,
+                quantity,
+                finding.unit,
+                value=float(finding.value),
+                kind=finding.kind,
+                low=finding.low,
+                high=finding.high,
+                extra=json.dumps(dict(finding.extra), sort_keys=True),
+                **common,
+            )
+            for layer, value in finding.layers.items():
+                self._row(
+                    client,
+                    node,
+                    f"{quantity}.layer",
+                    finding.unit,
+                    value=float(value),
+                    kind=finding.kind,
+                    observer=observer,
+                    layer=layer,
+                )
+            return
+        status: Status = "skipped" if isinstance(finding, Skip) else "failed"
+        reason = finding.reason if isinstance(finding, Skip) else f"{type(finding).__name__}: {finding}"
+        self._row(client, node, quantity, unit, status=status, reason=reason, **common)
