@@ -3,7 +3,7 @@
     runs/<run>/run.toml              configuration, versions, seed, git revision
     runs/<run>/audit/round-00001.parquet
     runs/<run>/summary.json          written when the run ends
-    runs/<run>/checkpoint/           what a resumed run needs (global weights, strategy and client state)
+    runs/<run>/checkpoint.safetensors  what a resumed run needs (global weights, strategy and client state)
     runs/<run>/attacks/              reconstructions, only if attack.save-images is set
 
 Every file is written under a temporary name and renamed, so a reader never sees half a file.
@@ -15,7 +15,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -128,9 +128,16 @@ class AuditLog:
 
         path = self.round_file(round_number)
         try:
-            table = pa.Table.from_pylist([asdict(record) for record in records], schema=schema())
+            columns = [
+                pa.array([getattr(record, column.name) for record in records], column.type)
+                for column in schema()
+            ]
+            table = pa.Table.from_arrays(columns, schema=schema())
+            # dictionaries and statistics pay in files of many rows; a round has few
+            buffer = pa.BufferOutputStream()
+            pq.write_table(table, buffer, use_dictionary=False, write_statistics=False)
             with _atomically(path) as temporary:
-                pq.write_table(table, temporary)
+                temporary.write_bytes(buffer.getvalue())
         except (pa.ArrowException, OverflowError) as error:
             raise RecordError(
                 f"a record must keep the types of AuditRecord, round {round_number}: {error}"

@@ -1,11 +1,11 @@
 """What a resumed run needs: global weights, the strategies' state and the clients' ledgers, after each round.
 
-Arrays are safetensors, the rest is JSON; nothing is pickled. Only the last complete round is kept.
+One safetensors file, replaced at once: the arrays and, as JSON in its metadata, the rest. Nothing is pickled,
+and only the last complete round is kept.
 """
 
 import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from fedaudit.errors import RecordError
 from fedaudit.flower.arrays import numpy_arrays
 
+FILE = "checkpoint.safetensors"
+_STATE = "state"
 _SCALARS = (int, float, bool, str)
 
 
@@ -34,62 +36,53 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, round_number: int, arrays: ArrayRecord, strategy: Strategy, nodes: Mapping[int, RecordDict]
+    path: Path, round_number: int, arrays: ArrayRecord, strategy: Strategy, nodes: Mapping[int, RecordDict]
 ) -> None:
-    """Write the state after `round_number` and only then drop the state before it."""
-    tensors = {f"arrays/{name}": values for name, values in numpy_arrays(arrays).items()}
+    """Write the state after `round_number` in place of the state before it."""
     kept = _state(strategy)
-    scalars = {path: value for path, value in kept if not isinstance(value, np.ndarray)}
-    tensors |= {f"strategy/{path}": value for path, value in kept if isinstance(value, np.ndarray)}
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_arrays(temporary / "arrays.safetensors", tensors)
+    tensors = {f"arrays/{name}": values for name, values in numpy_arrays(arrays).items()}
+    tensors |= {f"strategy/{name}": value for name, value in kept if isinstance(value, np.ndarray)}
     state = {
         "round": round_number,
         "order": list(arrays),  # safetensors sorts names, Flower pairs some arrays by position
-        "strategy-order": [path for path, _ in kept],
-        "strategy": scalars,
+        "strategy-order": [name for name, _ in kept],
+        "strategy": {name: value for name, value in kept if not isinstance(value, np.ndarray)},
         "nodes": {str(node): _encode(record) for node, record in nodes.items()},
     }
-    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.part")
+    write_arrays(temporary, tensors, {_STATE: json.dumps(state)})
+    temporary.replace(path)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def write_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], metadata: dict[str, str] | None = None
+) -> None:
     """Write arrays of any shape as safetensors."""
     # not numpy.ascontiguousarray, which makes an array of no dimension one of one
-    save_file({name: np.asarray(values, order="C") for name, values in arrays.items()}, path)
+    save_file({name: np.asarray(values, order="C") for name, values in arrays.items()}, path, metadata)
 
 
-def load(folder: Path) -> Checkpoint | None:
+def load(path: Path) -> Checkpoint | None:
     """The last complete round; None if there is none.
 
     Raises:
         RecordError: if the checkpoint is damaged.
     """
-    old = folder.with_name(f".{folder.name}.old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)  # the process died between two renames
-    if not (folder / "state.json").is_file():
+    if not path.is_file():
         return None
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "arrays.safetensors")
+        with safe_open(path, "np") as file:
+            state = json.loads(file.metadata()[_STATE])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         arrays = ArrayRecord({name: _array(tensors[f"arrays/{name}"]) for name in state["order"]})
         scalars = state["strategy"]
         values = {
             p: scalars[p] if p in scalars else tensors[f"strategy/{p}"] for p in state["strategy-order"]
         }
         nodes = {int(node): _decode(record) for node, record in state["nodes"].items()}
+        return Checkpoint(int(state["round"]), arrays, values, nodes)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
-        raise RecordError(f"{folder} holds no readable checkpoint ({error}): start the run anew") from error
-    return Checkpoint(int(state["round"]), arrays, values, nodes)
+        raise RecordError(f"{path} holds no readable checkpoint ({error}): start the run anew") from error
 
 
 def restore(strategy: Strategy, values: Mapping[str, Any]) -> None:

@@ -101,7 +101,7 @@ def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folde
         auditor.flush()
         if isinstance(grid, InProcessGrid):
             nodes.update(grid.changed_node_states())
-            checkpoint.save(folder / "checkpoint", round_number, current, audited, nodes)
+            checkpoint.save(folder / checkpoint.FILE, round_number, current, audited, nodes)
         announce(
             "round", round_number, federation.rounds, round_number, **metrics, records=list(auditor.current)
         )
@@ -172,7 +172,7 @@ def _resume(
         raise ConfigError(
             "a run is resumed by the in-process engine only: set federation.engine='in-process'"
         )
-    start = checkpoint.load(folder / "checkpoint")
+    start = checkpoint.load(folder / checkpoint.FILE)
     if start is None:
         return None
     checkpoint.restore(audited, start.strategy)
