@@ -1,5 +1,6 @@
 """Interleaved timings, their ratios, and the description of the machine beside them."""
 
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from fedaudit.progress import Event, listen
 RESULTS = Path(__file__).parent / "results"
 BUSY = 1.5  # load average of one benchmark alone is about 1
 NOTE = "other work shared the machine: wall times are noisy, CPU times less so; run again when it is quiet"
+_NUMBERS = itertools.count()
 _VERSIONS = ("torch", "flwr", "ray", "numpy", "pyarrow")
 
 
@@ -46,7 +48,7 @@ def time_rounds(config: RunConfig, between: Callable[[], None] = lambda: None) -
             started = (time.perf_counter(), time.process_time())
 
     with listen(hear):
-        execute(config)
+        execute(config.with_(output__name=f"timed-{next(_NUMBERS)}"))  # a run keeps a folder of its own
     return found
 
 
@@ -84,6 +86,11 @@ def compare(pairs: Sequence[tuple[Rounds, Rounds]], names: tuple[str, str], coho
         if all(pair[0][clock] and pair[1][clock] for pair in medians):
             found[f"ratio-{name}"] = spread([second[clock] / first[clock] for first, second in medians])
     return found
+
+
+def median_wall(rounds: Rounds) -> float:
+    """Median wall seconds of a round."""
+    return _median(rounds, 0)
 
 
 def _median(rounds: Rounds, clock: int) -> float:

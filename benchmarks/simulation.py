@@ -7,15 +7,16 @@ parameter network "cnn" on 1x28x28, one epoch in batches of 8 by SGD, the weight
 Both of fedaudit's engines run the reference apps as a user runs them, records and checkpoints written every
 round, without measures and with server-side evaluation before the first and after the last round only.
 The plain loop and pfl neither record nor send anything. Start-up, the first and the last round are not timed.
-Ray's workers train at the same time, in-process clients one after the other; the second comparison with Ray
-takes one local step instead of an epoch, which leaves the engines' own time.
+Ray's workers train at the same time, in-process clients one after the other. The second comparison with Ray
+takes one local step instead of an epoch, and a third leaves the training out altogether: what is left of each
+engine's round when the plain loop's time for the same training is taken off ("overhead").
 """
 
 import argparse
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measurement import Rounds, compare, keep, time_alternately, time_rounds, timed
+from benchmarks.measurement import (
+    Rounds,
+    compare,
+    keep,
+    median_wall,
+    spread,
+    time_alternately,
+    time_rounds,
+    timed,
+)
 from benchmarks.plain_loop import federated_averaging, shuffled
 from benchmarks.workload import federation
 from fedaudit.app import Setup, execute, run_folder, setup
@@ -85,7 +95,28 @@ def measure(config: RunConfig, options: argparse.Namespace, folder: Path) -> dic
         ray = mine.with_(federation__engine="ray", federation__workers=options.ray_workers)
         pairs = [(time_rounds(mine), _wall_only(time_rounds(ray))) for _ in range(options.ray_pairs)]
         results[name] = {"workers": options.ray_workers, **compare(pairs, ("in-process", "ray"), COHORT)}
+        if steps:
+            training = [time_alternately(mine, _plain(setup(mine.flat())))[1] for _ in pairs]
+            results["ray-overhead"] = overhead(pairs, training, options.ray_workers)
     return results
+
+
+def overhead(
+    pairs: Sequence[tuple[Rounds, Rounds]], training: Sequence[Rounds], workers: int
+) -> dict[str, Any]:
+    """Milliseconds of a round that are not training, for both engines, and the ratio of the two.
+
+    Training is what the plain loop needs for it; Ray's workers share it, so a part of it is taken off.
+    """
+    plain = [median_wall(rounds) for rounds in training]
+    mine = [median_wall(first) - own for (first, _), own in zip(pairs, plain, strict=True)]
+    ray = [median_wall(second) - own / workers for (_, second), own in zip(pairs, plain, strict=True)]
+    return {
+        "plain-loop-round-ms": spread([1000 * value for value in plain]),
+        "in-process-ms": spread([1000 * value for value in mine]),
+        "ray-ms": spread([1000 * value for value in ray]),
+        "ratio": spread([theirs / ours for ours, theirs in zip(mine, ray, strict=True)]),
+    }
 
 
 def largest_difference(config: RunConfig, rounds: int = 1) -> float:
@@ -116,7 +147,7 @@ def _plain(made: Setup) -> Callable[[], tuple[float, float]]:
             yield torch.randperm(CLIENTS, generator=generator)[:COHORT].tolist()
 
     def batches(client: int, round_number: int) -> Any:
-        return shuffled(EXAMPLES, train.batch_size, generator)
+        return shuffled(EXAMPLES, train.batch_size, generator)[: train.local_steps or None]
 
     rounds = federated_averaging(made.build_model(), _data(made), cohorts(), batches, train.lr)
     return lambda: timed(lambda: next(rounds))

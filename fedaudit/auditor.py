@@ -81,7 +81,7 @@ class Auditor:
         last_round: the federation's last round; 0 if unknown.
         strict: raise on a skipped or failed measure instead of recording it alone.
         save_images: keep originals and reconstructions of attacks under `output`/attacks.
-        save_updates: keep every client's update under `output`/updates as safetensors.
+        save_updates: keep the updates of audited rounds under `output`/updates as safetensors.
 
     Raises:
         ConfigError: if a spec does not name a registered part or has a wrong option.
@@ -156,7 +156,7 @@ class Auditor:
             self._measure(ordered, rows)
             for found in findings:
                 rows.client_finding(found, self._unit(found.measure))
-        if self.save_updates and self.log:
+        if self.save_updates and self.log and self.due(round_number):
             for update in ordered:
                 save_update(self.log.folder / "updates", update)
         if round_number in self.attack_rounds:

@@ -1,4 +1,4 @@
-"""The command `fedaudit`: run, compare, report, list.
+"""The command `fedaudit`: run, compare, calibrate, report, list.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input. Heavy imports wait until a command needs them.
 """
@@ -104,6 +104,43 @@ def compare(
         check(each)
     finished = _execute_all(runs, as_json)
     _finish(finished, folder / "report.html", as_json)
+
+
+@cli.command()
+def calibrate(
+    config: Config,
+    set_: Set = None,
+    engine: EngineOption = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Attack many examples and say which measures predict the attacks' success."""
+    loaded = load_config(config, _overrides(set_, engine, output))
+    from fedaudit.app import check, comparisons
+    from fedaudit.calibration import calibrate as run_calibration
+    from fedaudit.calibration import correlations
+    from fedaudit.watch import Watch
+
+    folder = _fresh(Path(loaded.output.directory) / f"calibrate-{Path(config).stem}")
+    planned = comparisons(loaded, folder)
+    for each in planned:
+        check(each)
+    with Watch(len(planned), quiet=as_json):
+        runs, points = run_calibration(loaded, folder)
+    found = correlations(points)
+    from fedaudit.report.calibration_page import rich_table, write_calibration
+
+    page = write_calibration(runs, points, found, folder / "calibration.html")
+    points.to_csv(folder / "points.csv", index=False)
+    found.to_csv(folder / "correlations.csv", index=False)
+    if as_json:
+        rows = json.loads(found.to_json(orient="records"))
+        print(json.dumps({"correlations": rows, "points": len(points), "report": str(page)}, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(rich_table(found))
+    print(f"report: {page}")
 
 
 @cli.command()

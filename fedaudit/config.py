@@ -184,7 +184,7 @@ class AuditConfig(Section):
     observers: Annotated[str, AfterValidator(_observers)] = "server"
     every: int = Field(1, ge=1, description="audit every this many rounds, the first and the last always")
     strict: bool = Field(False, description="stop on a skipped or failed measure")
-    save_updates: bool = Field(False, description="keep every client's raw update as safetensors")
+    save_updates: bool = Field(False, description="keep raw updates of audited rounds as safetensors")
 
     @property
     def observer_names(self) -> tuple[Observer, ...]:
@@ -206,6 +206,13 @@ class CompareConfig(Section):
 
     defenses: Annotated[str, _parts(DEFENSES, at_least=1)] = "none, dp-sgd"
     seeds: IntList = "0"
+
+
+class CalibrateConfig(Section):
+    """What `fedaudit calibrate` attacks."""
+
+    examples: int = Field(4, ge=1, description="examples of a client and round, reconstructed together")
+    repetitions: int = Field(64, ge=4, description="local rounds repeated with and without an example")
 
 
 class OutputConfig(Section):
@@ -233,6 +240,7 @@ class RunConfig(Section):
     audit: AuditConfig = AuditConfig()
     attack: AttackConfig = AttackConfig()
     compare: CompareConfig = CompareConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")

@@ -5,17 +5,54 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedaudit.errors import RecordError
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
+
+_UPDATE = "update"
+
+
+def update_file(folder: Path, round_number: int, client: int) -> Path:
+    """Where a client's update of a round is kept."""
+    return folder / f"round-{round_number:05d}-client-{client}.safetensors"
 
 
 def save_update(folder: Path, update: ClientUpdate) -> None:
-    """Keep one client\'s update, before and delta, as safetensors."""
+    """Keep one client's update as safetensors; what is no tensor goes into the metadata."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"before/{name}": tensor.contiguous() for name, tensor in update.before.items()}
     tensors |= {f"delta/{name}": tensor.contiguous() for name, tensor in update.delta.items()}
-    save_file(tensors, folder / f"round-{update.round:05d}-client-{update.client_id}.safetensors")
+    said = {
+        "client_id": update.client_id,
+        "node_id": update.node_id,
+        "round": update.round,
+        "num_examples": update.num_examples,
+        "reported": dict(update.reported),
+        "before": list(update.before),  # safetensors sorts names
+        "delta": list(update.delta),
+    }
+    path = update_file(folder, update.round, update.client_id)
+    save_file(tensors, path, metadata={_UPDATE: json.dumps(said)})
+
+
+def load_update(path: Path) -> ClientUpdate:
+    """An update that `save_update` kept.
+
+    Raises:
+        RecordError: if the file is damaged or holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            said = json.loads(file.metadata()[_UPDATE])
+            before = {name: file.get_tensor(f"before/{name}") for name in said["before"]}
+            delta = {name: file.get_tensor(f"delta/{name}") for name in said["delta"]}
+        fields = {name: said[name] for name in ("client_id", "node_id", "round", "num_examples", "reported")}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"a kept update is read from {path}, got {error}: record it again") from error
+    return ClientUpdate(before=before, delta=delta, **fields)
 
 
 def save_images(

@@ -254,6 +254,15 @@ class Measure(Protocol):
         ...
 
 
+@runtime_checkable
+class PerExample(Protocol):
+    """A measure that speaks of single examples too."""
+
+    def per_example(self, update: ClientUpdate, ctx: RoundContext) -> Tensor:
+        """One number for each of the client's own examples (n,), in the order of `ctx.evidence(update)`."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Truth:
     """The examples behind an update; only a simulation's oracle has them, to score attacks with.

@@ -67,6 +67,8 @@ OUTSIDE: dict[str, list[tuple[Any, str]] | None] = {
     "attack.save-images": None,
     "compare.defenses": [("", "at least 1 name"), ("none, none", "listed once, got none more than once")],
     "compare.seeds": [("1, 1", "listed once"), ("²", "whole numbers separated by commas")],
+    "calibrate.examples": [(0, "greater than or equal to 1")],
+    "calibrate.repetitions": [(3, "greater than or equal to 4")],
     "output.directory": None,
     "output.name": None,
     "output.resume": None,

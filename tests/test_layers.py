@@ -7,11 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = """errors types needs spec registry config records progress vision opacus_parts resnet __version__
-accounting
+accounting rank_correlation
 measures attacks canaries defenses data models
 auditor audit_rows report training kept_files
 flower simulation
-app cli watch __main__ __init__
+app calibration cli watch __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other

@@ -52,9 +52,18 @@ class Evidence:
         return found
 
     @cached_property
-    def pooled(self) -> pd.DataFrame:
-        """All records in one frame: `seeds.pool`."""
+    def _all(self) -> pd.DataFrame:
         return pool(self.runs)
+
+    @cached_property
+    def pooled(self) -> pd.DataFrame:
+        """All records in one frame, those of single layers aside: `seeds.pool`."""
+        return self._all[self._all["layer"].isna()]
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """The records of single layers that hold a number."""
+        return numbers(self._all[self._all["layer"].notna()])
 
     @cached_property
     def rows(self) -> pd.DataFrame:

@@ -1,8 +1,8 @@
-"""Leakage of every client in every round as a heat map: who is exposed, and when."""
+"""Heat maps over rounds: which client leaks when, and which layer leaks what."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,22 +24,33 @@ from fedaudit.report.style import (
     wrap,
 )
 
+WORDS = {"client_id": "Client", "layer": "Layer"}
+
 
 def heat_map(
-    rows: pd.DataFrame, quantity: str, observer: str, defenses: Sequence[str], max_rows: int = 100
+    rows: pd.DataFrame,
+    quantity: str,
+    observer: str,
+    defenses: Sequence[str],
+    max_rows: int = 100,
+    by: Literal["client_id", "layer"] = "client_id",
 ) -> Figure:
-    """Client by round, one panel per defense, one colour scale for all; blank where there is no number.
+    """Client by round, or layer by round, one panel per defense; blank where there is no number.
 
-    A client's data depend on the seed, so the panels show the first seed only. More than `max_rows`
-    clients are ranked by their mean and averaged in `max_rows` equal groups, the highest at the top.
+    One colour scale serves all panels. A client's data depend on the seed, so the panels show the first seed
+    only. More than `max_rows` clients are ranked by their mean and averaged in `max_rows` equal groups, the
+    highest at the top. Layers are in the model's order, each the mean over clients.
     """
     part = only(rows, quantity, observer)
-    part = part[part["client_id"].notna()]
+    part = part[part[by].notna()]
     names = [name for name in defenses if (part["defense"] == name).any()]
     seed = min(part["seed"].unique(), key=_seed_order)
     part = part[part["seed"] == seed]
     names = [name for name in names if (part["defense"] == name).any()]
-    grids = {name: _grid(part[part["defense"] == name], max_rows) for name in names}
+    if by == "layer":
+        grids = {name: _layers(part[part["defense"] == name]) for name in names}
+    else:
+        grids = {name: _grid(part[part["defense"] == name], max_rows) for name in names}
     wide = is_wide(part["value"])
     across = min(3, len(names))
     same = len({tuple(grid.index) for grid in grids.values()}) == 1
@@ -61,7 +72,8 @@ def heat_map(
             y=[str(label) for label in grid.index],
             coloraxis="coloraxis",
             customdata=[[number(value) for value in row] for row in raw] if raw.size <= 5000 else None,
-            hovertemplate="client %{y}, round %{x}: "
+            hovertemplate=f"{WORDS[by].lower()} "
+            + "%{y}, round %{x}: "
             + ("%{customdata}" if raw.size <= 5000 else ("10^%{z}" if wide else "%{z}"))
             + "<extra></extra>",
             xgap=1 if len(grid) <= 40 and len(rounds) <= 60 else 0,
@@ -70,8 +82,12 @@ def heat_map(
             col=i % across + 1,
         )
     tallest = max(len(grid) for grid in grids.values())
-    grouped = any(len(part.loc[part["defense"] == n, "client_id"].unique()) > max_rows for n in names)
+    grouped = by == "client_id" and any(
+        len(part.loc[part["defense"] == n, "client_id"].unique()) > max_rows for n in names
+    )
     note = f"seed {safe(str(seed))}; blank: no number"
+    if by == "layer" and bool(part["client_id"].notna().any()):
+        note += "; mean over clients"
     if grouped:
         note += f"; clients ranked by their mean and averaged in {max_rows} groups, most exposed first"
     panel = min(440, max(200, 22 * tallest))
@@ -81,11 +97,16 @@ def heat_map(
     )
     figure.update_xaxes(title_text="Round", showgrid=False, **round_ticks(rounds))
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False, automargin=True)
-    figure.update_yaxes(title_text="Client group (rank of mean)" if grouped else "Client", col=1)
+    figure.update_yaxes(title_text="Client group (rank of mean)" if grouped else WORDS[by], col=1)
     for column in range(2, across + 1 if same else 0):
         figure.update_yaxes(showticklabels=False, col=column)
     figure.update_annotations(font={"size": 13, "color": INK})
     return figure
+
+
+def _layers(mine: pd.DataFrame) -> pd.DataFrame:
+    grid = mine.pivot_table(index="layer", columns="round", values="value")
+    return grid.loc[list(dict.fromkeys(mine["layer"]))]  # in the order of the model
 
 
 def _grid(mine: pd.DataFrame, max_rows: int) -> pd.DataFrame:

@@ -1,15 +1,15 @@
 """One HTML file that shows runs side by side and opens without a network: `write_report`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from plotly.offline import offline
 
 from fedaudit.records import Run, write_text
 from fedaudit.report import markup, template
 from fedaudit.report.attack_section import attack_section
 from fedaudit.report.display import comparison_text, count, interval, number, signed
+from fedaudit.report.document import document
 from fedaudit.report.evidence import Evidence, gather
 from fedaudit.report.figures import by_defense, over_rounds, utility_against_leakage
 from fedaudit.report.findings import findings, reading
@@ -20,7 +20,6 @@ from fedaudit.report.quantities import PRIVACY, describe, with_unit
 from fedaudit.report.seeds import quantities_in, shown_observer
 from fedaudit.report.tables import comparison_table, paired_differences, problems, settings
 
-plotly_script: Callable[[], str] = offline.get_plotlyjs
 MAX_PROBLEMS, MAX_HEAT_MAPS, TRANSPOSE_UP_TO = 200, 6, 5
 MAX_TITLE = 70
 ROLE_TITLES = {
@@ -59,6 +58,7 @@ def render(runs: Sequence[Run]) -> str:
         "scatter": ("Utility against leakage", _scatter(evidence)),
         "rounds": ("Over rounds", _over_rounds(rows, defenses)),
         "clients": ("Who leaks, and when", _heat_maps(rows, defenses)),
+        "layers": ("Which layer leaks what", _layer_maps(evidence.layers, defenses)),
         "attacks": ("Attacks", [attack_section(evidence)]),
         "missing": ("Skipped, failed and rejected", _problems(evidence)),
         "reading": ("How to read these numbers", _how_to_read(evidence)),
@@ -66,43 +66,13 @@ def render(runs: Sequence[Run]) -> str:
         "settings": ("Settings behind the numbers", _settings(evidence)),
         "configuration": ("Runs, configuration and versions", _provenance(evidence.runs)),
     }
-    drawn = {name: markup.section(name, title, *parts) for name, (title, parts) in sections.items()}
-    links = "".join(
-        f'<a href="#{name}">{markup.text(sections[name][0])}</a>'
-        for name, content in drawn.items()
-        if content
-    )
+    drawn = {name: (title, markup.section(name, title, *parts)) for name, (title, parts) in sections.items()}
     title = f"Leakage audit: {', '.join(defenses) or 'no runs'}"
     if len(title) > MAX_TITLE:
         title = f"Leakage audit of {len(defenses)} defenses"
     warnings = notices(evidence)
     notice = f'<div class="notice" role="note">{markup.bullets(warnings)}</div>' if warnings else ""
-    body = "\n".join(filter(None, drawn.values()))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{template.POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{markup.text(title)}</title>
-<style>{template.STYLE}</style>
-</head>
-<body>
-<main>
-<header><h1>{markup.text(title)}</h1>
-{markup.paragraph(_subtitle(evidence.runs, len(evidence.pooled)), "quiet")}
-<nav>{links}</nav>
-</header>
-<noscript><p class="notice">The figures need JavaScript; tables and findings do not.</p></noscript>
-{notice}
-{body}
-<footer>{markup.paragraph("Written by fedaudit. This page loads nothing from a network.", "quiet")}</footer>
-</main>
-<script>{plotly_script()}</script>
-<script>{template.SCRIPT}</script>
-</body>
-</html>
-"""
+    return document(title, _subtitle(evidence.runs, len(evidence.pooled)), drawn, notice)
 
 
 def _subtitle(runs: Sequence[Run], records: int) -> str:
@@ -222,6 +192,20 @@ def _heat_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
     if len(names) > MAX_HEAT_MAPS:
         plots.append(markup.paragraph(f"{MAX_HEAT_MAPS} of {len(names)} measures are drawn.", "quiet"))
     return plots
+
+
+def _layer_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
+    plots = []
+    for name in quantities_in(rows):
+        observer = shown_observer(rows, name)
+        plots.append(markup.plot(heat_map(rows, name, observer, defenses, by="layer")))
+    if not plots:
+        return []
+    note = (
+        "Each map has the quantity of the same name, computed for one layer's parameters alone. Colours "
+        "compare layers and rounds within a map; different quantities have different units and scales."
+    )
+    return [markup.paragraph(note, "quiet"), *plots]
 
 
 def _problems(evidence: Evidence) -> list[str]:

@@ -12,6 +12,9 @@ from fedaudit.registry import MEASURES
 Role = Literal["utility", "leakage", "attack", "update", "cost"]
 Pooling = Literal["last", "mean", "sum"]
 
+LAYER = ".layer"
+"""Ends the name of the quantity that a measure gives for one layer."""
+
 BOUND = " bound"
 """Ends the name of the quantity made of a record's extra value "bound-nats"."""
 
@@ -217,6 +220,9 @@ def describe(name: str) -> Quantity:
     """
     if name in _BY_NAME:
         return _BY_NAME[name]
+    if name.endswith(LAYER):
+        whole = describe(name.removesuffix(LAYER))
+        return replace(whole, name=name, label=f"{whole.label} by layer", headline=False)
     owner, dot, score = name.partition(".")
     if dot and f"*.{score}" in _BY_NAME:
         known = _BY_NAME[f"*.{score}"]

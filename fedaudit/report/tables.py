@@ -209,7 +209,7 @@ def records_summary(records: pd.DataFrame) -> dict[str, Any]:
         "quantities" (by name and observer: mean, min, max, count, clients, unit, kind), "epsilon" (the worst
         client's with delta, unit, accountant and client; None without a guarantee) and "seconds".
     """
-    rows = numbers(records)
+    rows = numbers(records[records["layer"].isna()])
     accuracy = rows[rows["quantity"] == "accuracy"].sort_values("round", kind="stable")
     quantities: dict[str, dict[str, Any]] = {}
     for quantity in quantities_in(rows):
