@@ -99,6 +99,22 @@ def test_heat_maps_of_defenses_share_one_colour_scale(rows: pd.DataFrame):
     assert figure.layout.title.subtitle.text.count("seed 0") == 1
 
 
+def test_layers_keep_the_order_of_the_model_and_are_means_over_clients():
+    rows = [
+        (r, client, layer, value + client)
+        for r in (1, 2)
+        for client in (0, 2)
+        for layer, value in (("stem", 5.0), ("a", 1.0), ("head", 3.0))
+    ]
+    frame = pd.DataFrame(rows, columns=["round", "client_id", "layer", "value"]).assign(
+        defense="none", seed="0", observer="server", quantity="update-norm.layer", unit="1", kind="exact"
+    )
+    figure = heat_map(frame, "update-norm.layer", "server", ["none"], by="layer")
+    assert list(figure.data[0].y) == ["stem", "a", "head"]
+    assert np.asarray(figure.data[0].z).tolist() == [[6.0, 6.0], [2.0, 2.0], [4.0, 4.0]]
+    assert figure.layout.title.text == "Update norm by layer"
+
+
 def test_scatter_puts_each_defense_at_its_means_and_writes_epsilon(rows: pd.DataFrame):
     values = per_seed(rows)
     figure = utility_against_leakage(

@@ -17,6 +17,7 @@ from fedaudit.records import AuditLog, Run, load_run
 from fedaudit.report.attack_section import attack_section
 from fedaudit.report.page import render, write_report
 from fedaudit.report.provenance import configuration, notices
+from fedaudit.report.tables import comparison_table, records_summary
 from tests.report.fabricate import DP, fabricate, record
 from tests.report.small import accuracy_run, write_run
 
@@ -96,6 +97,25 @@ def test_every_quantity_is_drawn_over_rounds(parsed: Page, runs: list[Run]):
     wanted = {"Accuracy", "Test loss", "Mutual information", "Update norm", "DLG: reconstruction PSNR"}
     assert wanted <= titles
     assert sum(trace["type"] == "heatmap" for figure in parsed.figures for trace in figure["data"]) >= 4
+
+
+def test_layers_have_a_map_of_their_own_and_no_place_among_the_whole(tmp_path: Path):
+    rows = [
+        record("r", "none", r, quantity, value, client_id=0, layer=layer)
+        for r in (1, 2)
+        for quantity, value, layer in (
+            ("update-norm", 5.0, None),
+            ("update-norm.layer", 3.0, "conv"),
+            ("update-norm.layer", 4.0, "head"),
+        )
+    ]
+    run = write_run(tmp_path, "r", "none", 0, rows)
+    parsed = Page(render([run]))
+    titles = [figure["layout"]["title"]["text"] for figure in parsed.figures]
+    assert titles.count("Update norm by layer") == 1 and titles.count("Update norm") == 1
+    assert "layers" in {a.get("id") for tag, a in parsed.tags if tag == "section"}
+    assert set(comparison_table([run]).filter(like="layer").columns) == set()
+    assert set(records_summary(run.records)["quantities"]) == {"update-norm"}
 
 
 def test_findings_state_the_difference_that_the_data_have(parsed: Page):
