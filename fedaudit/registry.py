@@ -135,6 +135,7 @@ MODELS = Registry(
         "mlp": ("fully connected network with one hidden layer or more", "fedaudit.models:mlp"),
         "lenet": ("the sigmoid LeNet of Deep Leakage from Gradients", "fedaudit.models:lenet"),
         "cnn": ("small convolutional network with GroupNorm", "fedaudit.models:cnn"),
+        "convnet": ("the 2.9M ConvNet of inversion papers, without normalisation", "fedaudit.models:convnet"),
         "alexnet": ("AlexNet-like network for 32x32 images", "fedaudit.models:alexnet"),
         "resnet18": ("torchvision ResNet-18 with GroupNorm", "fedaudit.models:resnet18"),
     },
@@ -170,7 +171,19 @@ ATTACKS = Registry(
         "dlg": (
             "Deep Leakage from Gradients: match the gradient by L-BFGS",
             "fedaudit.attacks.dlg:DLG",
-        )
+        ),
+        "inverting-gradients": (
+            "Inverting Gradients: cosine distance and total variation by signed Adam",
+            "fedaudit.attacks.inverting_gradients:InvertingGradients",
+        ),
+        "see-through-gradients": (
+            "See through Gradients: layer distances and a BatchNorm prior, no group term",
+            "fedaudit.attacks.see_through_gradients:SeeThroughGradients",
+        ),
+        "local-steps": (
+            "inversion of several local SGD steps, unrolled, with an epoch-order prior",
+            "fedaudit.attacks.local_steps:LocalSteps",
+        ),
     },
 )
 DEFENSES = Registry(

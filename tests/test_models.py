@@ -21,6 +21,8 @@ SPECS = {
     "lenet": (2, 9, 8),
     "cnn(width=4)": (2, 9, 8),
     "cnn(width=4, activation=sigmoid)": (1, 8, 8),
+    "convnet(width=4)": (2, 10, 9),
+    "convnet(width=4, norm=group, activation=sigmoid)": (1, 9, 9),
     "alexnet(hidden=8)": (2, 17, 16),
     "resnet18": (1, 8, 8),
 }

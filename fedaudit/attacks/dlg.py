@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedaudit.attacks.labels import idlg_label, label_counts
+from fedaudit.attacks.attacked_model import broadcast_model, paired
+from fedaudit.attacks.label_strategies import head_labels
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Loss, Reconstruction, RoundContext
 
@@ -21,8 +22,6 @@ _CHUNK = 50  # iterations between two looks at the objective and the clock
 _PATIENCE = 2  # chunks over which the objective must fall by at least _PROGRESS
 _PROGRESS = 0.01
 _SCALE = 1e4  # L-BFGS forgets steps with s.y < 1e-10: keep the optimised objective well above that
-_DUMMIES = 64  # inputs that estimate the mean softmax for the label counts
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,7 @@ def match_gradient(
         ValueError: if no parameter is matched, or the gradient is zero or not finite.
     """
     attacked = copy.deepcopy(model).to(x0.device, torch.float64)
-    parameters, target = _paired(attacked, gradient)
+    parameters, target = paired(attacked, gradient)
     norm = math.fsum(float(t.square().sum()) for t in target)
     if not math.isfinite(norm) or norm == 0:
         raise ValueError(f"a gradient to match must be finite and not zero, got squared norm {norm}: skip it")
@@ -208,14 +207,10 @@ class DLG:
             raise ValueError(f"dlg needs a positive batch size, got {ctx.batch_size}: state it")
         deadline = time.monotonic() + self.seconds if self.seconds else math.inf
         batch = min(ctx.batch_size, update.num_examples) if update.num_examples > 0 else ctx.batch_size
-        model = _broadcast_model(update, ctx.build_model(), self.mode).to(ctx.device)
+        model = broadcast_model(update, ctx.build_model(), self.mode).to(ctx.device)
         gradient = update.gradient(ctx)
         generator = torch.Generator().manual_seed(ctx.seed)
-        fixed = (
-            _labels_from_head(model, gradient, (batch, *ctx.input_shape), ctx.num_classes, ctx)
-            if self.labels == "idlg"
-            else None
-        )
+        fixed = head_labels(gradient, [model], batch, ctx, ctx.num_classes) if self.labels == "idlg" else None
         best: Match | None = None
         steps = used = 0
         while used < self.restarts and (
@@ -262,62 +257,3 @@ class DLG:
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         logits = torch.randn(shape[0], num_classes, generator=generator, dtype=torch.float64)
         return (low + high) / 2 + self.spread * (high - low) * noise, 0.1 * logits
-
-
-def _labels_from_head(
-    model: nn.Module,
-    gradient: Mapping[str, Tensor],
-    shape: tuple[int, ...],
-    num_classes: int,
-    ctx: RoundContext,
-) -> Tensor:
-    """The labels (B,) that the gradient of the head, the model's last parameter, gives away."""
-    name = [name for name, _ in model.named_parameters()][-1]
-    head = gradient.get(name)
-    if head is None or head.dim() not in (1, 2) or len(head) != num_classes:
-        raise ValueError(
-            f"labels=idlg needs the head ({num_classes} classes) as the model's last parameter, got "
-            f"{name!r} of shape {None if head is None else tuple(head.shape)}: use labels=joint"
-        )
-    batch = shape[0]
-    if batch == 1:
-        label = idlg_label(head) if head.dim() == 1 else idlg_label(weight_gradient=head)
-        return torch.tensor([label])
-    if head.dim() == 2:
-        raise ValueError("labels=idlg for a batch needs a head with a bias, got none: use labels=joint")
-    low, high = ctx.value_range
-    generator = torch.Generator().manual_seed(ctx.seed)
-    dummies = low + (high - low) * torch.rand(_DUMMIES, *shape[1:], generator=generator)
-    with torch.no_grad():
-        mean_softmax = copy.deepcopy(model)(dummies.to(ctx.device)).softmax(dim=-1).mean(dim=0)
-    counts = label_counts(head, mean_softmax.to(head.device), batch)
-    return torch.repeat_interleave(torch.arange(num_classes), counts.cpu())
-
-
-def _broadcast_model(update: ClientUpdate, model: nn.Module, mode: str) -> nn.Module:
-    """The model with the weights that were broadcast, in the client's mode, dropout off."""
-    model.load_state_dict({name: value.detach().clone() for name, value in update.before.items()})
-    model.train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DROPOUTS):
-            module.eval()
-    return model
-
-
-def _paired(model: nn.Module, gradient: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters to match and their gradients; parameters that are not matched are frozen."""
-    parameters: list[Tensor] = []
-    target: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name in gradient)
-        if parameter.requires_grad:
-            if gradient[name].shape != parameter.shape:
-                raise ValueError(
-                    f"the gradient of {name!r} needs shape {tuple(parameter.shape)}, got "
-                    f"{tuple(gradient[name].shape)}: pass the gradient of this model"
-                )
-            parameters.append(parameter)
-            target.append(gradient[name].detach().to(parameter))
-    if not parameters:
-        raise ValueError(f"the gradient names no parameter of the model, got {list(gradient)}: check both")
-    return parameters, target

@@ -1,0 +1,356 @@
+"""First-order gradient inversion from parts: distance, priors, labels, optimiser, restarts.
+
+The presets (`inverting_gradients`, `see_through_gradients`, `local_steps`) choose the parts and are named
+after their papers; this module puts them together.
+"""
+
+import copy
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedaudit.attacks.attacked_model import (
+    batch_norms,
+    broadcast_model,
+    flat,
+    forget_running_statistics,
+    paired,
+)
+from fedaudit.attacks.bn_prior import bn_statistics
+from fedaudit.attacks.label_strategies import Labels, labels_for
+from fedaudit.attacks.local_training import epoch_batches, imagined_update
+from fedaudit.attacks.objectives import Distance, LayerWeights, Objective, distance_of, layer_scale
+from fedaudit.attacks.priors import (
+    clip_penalty,
+    epoch_disagreement,
+    mean_square,
+    random_filters,
+    total_variation,
+)
+from fedaudit.attacks.restarts import Descended, descend, start_generator
+from fedaudit.attacks.scores import match
+from fedaudit.attacks.signed_adam import Descent, Schedule, Signed
+from fedaudit.needs import Needs
+from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
+
+_log = logging.getLogger(__name__)
+
+UNIT = 0.25
+"""What the optimiser calls 1, as a share of the value range: about one standard deviation of a photograph."""
+BOUND = 0.5 / UNIT
+"""Ends of the value range in these units."""
+MULTI_STEP = "single-gradient attack on a multi-step update: not expected to work"
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Inputs whose update looks most like the one a client sent, under image priors.
+
+    Minimises distance(update(x), update sent) + sum of weighted priors(x). The attack knows what the server
+    knows: the broadcast weights, the loss, the training settings and the input shape; it never sees the
+    client's data, and among restarts it keeps the one with the lowest objective of its own. Inputs are
+    optimised in units of a quarter of the value range around its middle, from standard normal starts:
+    the papers use the mean and standard deviation of the private data, which an observer cannot know.
+
+    A failure is NOT evidence of privacy. Only plain SGD without momentum sends the update assumed here.
+
+    Attributes:
+        restarts: starts, all optimised at once.
+        iterations: steps of each start that is not dropped.
+        objective: "cosine", "euclidean" (squared, relative) or "layer-norms" (sum of norms, relative).
+        layer_weights: "equal", or more weight on the first layers: "linear", "exponential".
+        tv: weight of total variation.
+        l2: weight of the mean square.
+        clip: weight of the penalty outside the value range; only without `boxed`.
+        bn: weight of the batch-normalisation prior; without running statistics there is none.
+        epoch_prior: weight of the disagreement between local epochs; only with several.
+        epoch_features: what is compared between epochs: the "mean" image, or the mean of "conv" features.
+        lr: step size, in the units above.
+        signed: "hard", "soft" or "none": how gradients reach Adam.
+        schedule: "step", "cosine" or "constant".
+        warmup: iterations of warm-up of the cosine schedule.
+        boxed: keep inputs inside the value range after every step.
+        labels: "known" (stated in `classes`), "idlg" (one example), "counts" (head's bias and estimated
+            mean softmax; exact for one example) or "joint" (optimised too).
+        classes: known labels joined by hyphens, as in ``3-1-4``; in the order in which local steps used them.
+        halve: drop the worse half of the restarts now and then.
+        mode: "train" or "eval": how normalisation layers ran in the client; dropout is always off.
+        precision: "single" or "double" floating point.
+        seconds: time budget per update; 0 is no limit. With a limit the result depends on the machine.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    restarts: int = 8
+    iterations: int = 400
+    objective: Objective = "cosine"
+    layer_weights: LayerWeights = "equal"
+    tv: float = 0.0
+    l2: float = 0.0
+    clip: float = 0.0
+    bn: float = 0.0
+    epoch_prior: float = 0.0
+    epoch_features: Literal["mean", "conv"] = "mean"
+    lr: float = 0.1
+    signed: Signed = "hard"
+    schedule: Schedule = "step"
+    warmup: int = 0
+    boxed: bool = True
+    labels: Labels = "counts"
+    classes: str = ""
+    halve: bool = True
+    mode: Literal["train", "eval"] = "train"
+    precision: Literal["single", "double"] = "single"
+    seconds: float = 0.0
+
+    name: ClassVar[str] = "inversion"
+    unrolls: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs.MODEL | Needs.TRAINING | Needs.SHAPE
+
+    def __post_init__(self) -> None:
+        if self.restarts < 1:
+            raise ValueError(f"restarts must be positive, got {self.restarts}: use 1 or more")
+        for option in ("tv", "l2", "clip", "bn", "epoch_prior", "seconds"):
+            if getattr(self, option) < 0:
+                raise ValueError(f"{option} must not be negative, got {getattr(self, option)}: use 0")
+        if self.classes and self.labels != "known":
+            raise ValueError(f"classes belongs to labels=known, got labels={self.labels}: drop one")
+        self._descent()
+
+    def _descent(self) -> Descent:
+        return Descent(self.iterations, self.lr, self.signed, self.schedule, self.warmup)
+
+    def reconstruct(self, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
+        """The reconstruction with the lowest objective among the restarts.
+
+        Raises:
+            ValueError: if the context lacks what `needs` names, the update is zero or not finite, the
+                labels cannot be derived, or no restart had a finite objective.
+        """
+        deadline = time.monotonic() + self.seconds if self.seconds else math.inf
+        problem = _Problem.of(self, update, ctx)
+        starts = problem.starts()
+        box = (-BOUND, BOUND) if self.boxed else None
+        found = descend(
+            problem.objective(vectorisable=True),
+            starts,
+            self._descent(),
+            boxes=[box, None][: len(starts)],
+            halve=self.halve,
+            deadline=deadline,
+            one_by_one=problem.objective(vectorisable=False),
+        )
+        if not math.isfinite(found.objective):
+            raise ValueError(
+                f"no start of {self.name} had a finite objective in {self.restarts} starts: check the update"
+            )
+        _log.debug("%s: objective %.2e after %d iterations", self.name, found.objective, found.steps)
+        return problem.result(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """One update to invert: the model, what is sought, and how its examples are laid out in time."""
+
+    attack: Inversion
+    ctx: RoundContext
+    model: nn.Module
+    names: list[str]
+    sought: Tensor
+    sizes: list[int]
+    epochs: list[list[int]]
+    shared: bool
+    labels: Tensor | None
+    steps: int
+    bn_layers: int
+    bn: Callable[[Tensor], Tensor] | None = field(default=None)
+
+    @classmethod
+    def of(cls, attack: Inversion, update: ClientUpdate, ctx: RoundContext) -> "_Problem":
+        if ctx.build_model is None or ctx.loss is None or ctx.input_shape is None or ctx.num_classes is None:
+            raise ValueError(
+                f"{attack.name} needs the model, the loss, the input shape and the classes: state them"
+            )
+        if not ctx.batch_size:
+            raise ValueError(f"{attack.name} needs a positive batch size, got {ctx.batch_size}: state it")
+        dtype = torch.float64 if attack.precision == "double" else torch.float32
+        model = broadcast_model(update, ctx.build_model(), attack.mode).to(ctx.device, dtype)
+        gradient = update.gradient(ctx)
+        steps = ctx.steps(update) or 1
+        known = update.num_examples if update.num_examples > 0 else ctx.batch_size
+        batch = min(ctx.batch_size, known)
+        epochs = epoch_batches(known, ctx.batch_size, steps) if attack.unrolls else [[batch]]
+        models = [model] if len(epochs) == len(epochs[0]) == 1 else [model, _returned(model, update)]
+        labels = labels_for(attack.labels, attack.classes, gradient, models, sum(epochs[0]), ctx)
+        bn_layers = len(batch_norms(model))
+        bn = bn_statistics(copy.deepcopy(model)) if attack.bn else None
+        forget_running_statistics(model)
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        matched = [name for name in trainable if name in gradient]
+        _, target = paired(copy.deepcopy(model), gradient)
+        sought = flat(target)
+        norm = float(sought.norm())
+        if not math.isfinite(norm) or norm == 0:
+            raise ValueError(f"an update to invert must be finite and not zero, got norm {norm}: skip it")
+        return cls(
+            attack,
+            ctx,
+            model,
+            matched,
+            sought,
+            [t.numel() for t in target],
+            epochs,
+            len(epochs[0]) == 1,  # one batch an epoch: order does not matter, so epochs share their images
+            None if labels is None else labels.to(ctx.device),
+            steps,
+            bn_layers,
+            bn,
+        )
+
+    @property
+    def per_epoch(self) -> list[int]:
+        """Images of each epoch that has its own."""
+        return [sum(sizes) for sizes in (self.epochs[:1] if self.shared else self.epochs)]
+
+    def batches(self) -> list[slice]:
+        """Which of the images each step uses."""
+        if self.shared:
+            return [slice(0, self.per_epoch[0])] * len(self.epochs)
+        ends = list(itertools.accumulate(itertools.chain.from_iterable(self.epochs), initial=0))
+        return [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+    def starts(self) -> list[Tensor]:
+        """Standard normal inputs (R, N, *input_shape), and label logits (R, N, C) if they are optimised."""
+        count, shape, classes = sum(self.per_epoch), self.ctx.input_shape or (), self.ctx.num_classes or 0
+        inputs: list[Tensor] = []
+        logits: list[Tensor] = []
+        for restart in range(self.attack.restarts):
+            generator = start_generator(self.attack.name, self.ctx.seed, restart)
+            inputs.append(torch.randn(count, *shape, generator=generator).to(self.sought))
+            logits.append(torch.randn(count, classes, generator=generator).to(self.sought))
+        stacks = [torch.stack(inputs), torch.stack(logits)]
+        return stacks if self.labels is None else stacks[:1]
+
+    def inputs(self, z: Tensor) -> Tensor:
+        """The optimiser's variables in the units of the data."""
+        low, high = self.ctx.value_range
+        return (low + high) / 2 + UNIT * (high - low) * z
+
+    def slots(self) -> Tensor | None:
+        """A label for each image: those of an epoch, dealt again to every epoch."""
+        if self.labels is None:
+            return None
+        known = self.attack.labels == "known"
+        dealt = self.labels if known else _deal(self.labels, self.epochs[0])
+        return torch.cat([dealt[:n] for n in self.per_epoch])
+
+    def objective(self, *, vectorisable: bool) -> Callable[..., Tensor]:
+        """The scalar that one restart minimises, as a function of its variables."""
+        attack, loss = self.attack, self.ctx.loss
+        assert loss is not None
+        imagine = imagined_update(
+            self.model, loss, self.names, self.batches(), self.ctx.lr or 0.0, vectorisable=vectorisable
+        )
+        distance: Distance = distance_of(attack.objective, self.sizes)
+        scale = layer_scale(self.sizes, attack.layer_weights)
+        if scale is not None:
+            scale = scale.to(self.sought)
+        sought = self.sought if scale is None else scale * self.sought
+        fixed = self.slots()
+        complete = [n for n in self.per_epoch if n == self.per_epoch[0]]
+        filters = None
+        if attack.epoch_features == "conv" and attack.epoch_prior:
+            filters = random_filters(self.ctx.input_shape or (), self.ctx.seed)
+            filters = None if filters is None else filters.to(self.sought)
+
+        def objective(z: Tensor, logits: Tensor | None = None) -> Tensor:
+            x = self.inputs(z)
+            y = fixed if logits is None else logits.softmax(dim=-1)
+            assert y is not None
+            found = imagine(x, y)
+            value = distance(found if scale is None else scale * found, sought)
+            if attack.tv:
+                value = value + attack.tv * total_variation(z)
+            if attack.l2:
+                value = value + attack.l2 * mean_square(z)
+            if attack.clip and not attack.boxed:
+                value = value + attack.clip * clip_penalty(z, -BOUND, BOUND)
+            if self.bn is not None:
+                value = value + attack.bn * self.bn(x)
+            if attack.epoch_prior and len(complete) > 1:
+                epochs = torch.split(z[: sum(complete)], complete)
+                value = value + attack.epoch_prior * epoch_disagreement(epochs, filters)
+            return value
+
+        return objective
+
+    def result(self, found: Descended) -> Reconstruction:
+        """The images of one epoch, epochs averaged, and what was assumed."""
+        attack = self.attack
+        x = self.inputs(found.variables[0]).to("cpu", torch.float32)
+        slots = self.slots()
+        y = found.variables[1].argmax(dim=-1) if slots is None else slots
+        images = _averaged(list(torch.split(x, self.per_epoch)))
+        conditions: dict[str, float | int | str | bool] = {
+            "labels": attack.labels,
+            "batch-size": max(self.epochs[0]),
+            "local-steps": self.steps,
+            "batchnorm-mode": attack.mode,
+            "bn-layers": self.bn_layers,
+            "restarts": attack.restarts,
+            "survivors": found.survivors,
+            "best-restart": found.restart,
+            "restarts-together": found.together,
+        }
+        if found.hindrance:
+            conditions["not-vectorised"] = found.hindrance
+        if attack.unrolls:
+            conditions |= {"unrolled-steps": sum(map(len, self.epochs)), "local-epochs": len(self.epochs)}
+        elif self.steps > 1:
+            conditions["warning"] = MULTI_STEP
+        return Reconstruction(images, y[: len(images)].cpu(), found.objective, found.steps, conditions)
+
+
+def _returned(model: nn.Module, update: ClientUpdate) -> nn.Module:
+    """The model at the weights the client returned."""
+    after = copy.deepcopy(model)
+    state = after.state_dict()
+    with torch.no_grad():
+        for name, delta in update.delta.items():
+            if name in state:
+                state[name].add_(delta.to(state[name]))
+    return after
+
+
+def _deal(labels: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Sorted labels dealt to the batches in turn, so that every batch gets a mixture.
+
+    >>> _deal(torch.tensor([0, 0, 1, 1]), [2, 2]).tolist()
+    [0, 1, 0, 1]
+    """
+    hands: list[list[int]] = [[] for _ in sizes]
+    cards = iter(range(len(labels)))
+    while any(len(hand) < size for hand, size in zip(hands, sizes, strict=True)):
+        for hand, size in zip(hands, sizes, strict=True):
+            if len(hand) < size:
+                hand.append(next(cards))
+    order = torch.tensor(list(itertools.chain.from_iterable(hands)), device=labels.device)
+    return labels[order]
+
+
+def _averaged(epochs: list[Tensor]) -> Tensor:
+    """The first epoch's images, each averaged with its partners in the other epochs (least total MSE)."""
+    total, count = epochs[0].clone(), torch.ones(len(epochs[0]))
+    for other in epochs[1:]:
+        i, j, _ = match(other, epochs[0])
+        total[j] += other[i]
+        count[j] += 1
+    return total / count.view(-1, *[1] * (total.dim() - 1))
