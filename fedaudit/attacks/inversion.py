@@ -90,7 +90,7 @@ class Inversion:
     """
 
     restarts: int = 8
-    iterations: int = 400
+    iterations: int = 1000
     objective: Objective = "cosine"
     layer_weights: LayerWeights = "equal"
     tv: float = 0.0
@@ -137,13 +137,14 @@ class Inversion:
         """
         deadline = time.monotonic() + self.seconds if self.seconds else math.inf
         problem = _Problem.of(self, update, ctx)
-        starts = problem.starts()
+        starts, given = problem.starts()
         box = (-BOUND, BOUND) if self.boxed else None
         found = descend(
             problem.objective(vectorisable=True),
             starts,
             self._descent(),
             boxes=[box, None][: len(starts)],
+            given=given,
             halve=self.halve,
             deadline=deadline,
             one_by_one=problem.objective(vectorisable=False),
@@ -227,33 +228,45 @@ class _Problem:
         ends = list(itertools.accumulate(itertools.chain.from_iterable(self.epochs), initial=0))
         return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
-    def starts(self) -> list[Tensor]:
-        """Standard normal inputs (R, N, *input_shape), and label logits (R, N, C) if they are optimised."""
+    def starts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Variables and constants of each restart.
+
+        Standard normal inputs (R, N, *input_shape), and label logits (R, N, C) where labels are optimised;
+        otherwise the labels (R, N) are constants.
+        """
         count, shape, classes = sum(self.per_epoch), self.ctx.input_shape or (), self.ctx.num_classes or 0
         inputs: list[Tensor] = []
         logits: list[Tensor] = []
+        labels: list[Tensor] = []
         for restart in range(self.attack.restarts):
             generator = start_generator(self.attack.name, self.ctx.seed, restart)
             inputs.append(torch.randn(count, *shape, generator=generator).to(self.sought))
-            logits.append(torch.randn(count, classes, generator=generator).to(self.sought))
-        stacks = [torch.stack(inputs), torch.stack(logits)]
-        return stacks if self.labels is None else stacks[:1]
+            if self.labels is None:
+                logits.append(torch.randn(count, classes, generator=generator).to(self.sought))
+            else:
+                labels.append(self._slots(self.labels, restart, generator))
+        if self.labels is None:
+            return [torch.stack(inputs), torch.stack(logits)], []
+        return [torch.stack(inputs)], [torch.stack(labels)]
 
     def inputs(self, z: Tensor) -> Tensor:
         """The optimiser's variables in the units of the data."""
         low, high = self.ctx.value_range
         return (low + high) / 2 + UNIT * (high - low) * z
 
-    def slots(self) -> Tensor | None:
-        """A label for each image: those of an epoch, dealt again to every epoch."""
-        if self.labels is None:
-            return None
-        known = self.attack.labels == "known"
-        dealt = self.labels if known else _deal(self.labels, self.epochs[0])
-        return torch.cat([dealt[:n] for n in self.per_epoch])
+    def _slots(self, labels: Tensor, restart: int, generator: torch.Generator) -> Tensor:
+        """A label for each image: those of an epoch, the same in every epoch.
+
+        Which batch a derived label was in is unknown: the first restart deals them to the batches in turn,
+        the others at random.
+        """
+        if self.attack.labels != "known" and not self.shared:
+            order = torch.randperm(len(labels), generator=generator).to(labels.device)
+            labels = labels[order] if restart else _deal(labels, self.epochs[0])
+        return torch.cat([labels[:n] for n in self.per_epoch])
 
     def objective(self, *, vectorisable: bool) -> Callable[..., Tensor]:
-        """The scalar that one restart minimises, as a function of its variables."""
+        """What one restart minimises: a function of its inputs, and of its labels or label logits."""
         attack, loss = self.attack, self.ctx.loss
         assert loss is not None
         imagine = imagined_update(
@@ -264,18 +277,15 @@ class _Problem:
         if scale is not None:
             scale = scale.to(self.sought)
         sought = self.sought if scale is None else scale * self.sought
-        fixed = self.slots()
         complete = [n for n in self.per_epoch if n == self.per_epoch[0]]
         filters = None
         if attack.epoch_features == "conv" and attack.epoch_prior:
             filters = random_filters(self.ctx.input_shape or (), self.ctx.seed)
             filters = None if filters is None else filters.to(self.sought)
 
-        def objective(z: Tensor, logits: Tensor | None = None) -> Tensor:
+        def objective(z: Tensor, y: Tensor) -> Tensor:
             x = self.inputs(z)
-            y = fixed if logits is None else logits.softmax(dim=-1)
-            assert y is not None
-            found = imagine(x, y)
+            found = imagine(x, y.softmax(dim=-1) if y.is_floating_point() else y)
             value = distance(found if scale is None else scale * found, sought)
             if attack.tv:
                 value = value + attack.tv * total_variation(z)
@@ -296,8 +306,7 @@ class _Problem:
         """The images of one epoch, epochs averaged, and what was assumed."""
         attack = self.attack
         x = self.inputs(found.variables[0]).to("cpu", torch.float32)
-        slots = self.slots()
-        y = found.variables[1].argmax(dim=-1) if slots is None else slots
+        y = found.given[0] if found.given else found.variables[1].argmax(dim=-1)
         images = _averaged(list(torch.split(x, self.per_epoch)))
         conditions: dict[str, float | int | str | bool] = {
             "labels": attack.labels,

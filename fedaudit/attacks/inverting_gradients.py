@@ -19,6 +19,6 @@ class InvertingGradients(Inversion):
     dropped three times in the first half; labels from the head's gradient; units as said in `Inversion`.
     """
 
-    tv: float = 1e-3
+    tv: float = 1e-2
 
     name: ClassVar[str] = "inverting-gradients"

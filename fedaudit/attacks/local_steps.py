@@ -15,9 +15,9 @@ class LocalSteps(Inversion):
     copies, tied by a prior that does not depend on their order; at the end the copies are paired and
     averaged. Epochs of one batch share their images instead, which is exact.
 
-    Labels by counts are dealt to the batches of an epoch in turn: which batch a label was in is unknown to
-    the attack, and a wrong deal costs quality. Momentum, Adam, weight decay and Poisson batches are NOT
-    modelled. Time and memory grow with the number of steps.
+    Which batch a derived label was in is unknown: one restart deals them to the batches of an epoch in turn,
+    the others at random, and the lowest objective decides. Momentum, Adam, weight decay and Poisson batches
+    are NOT modelled. Time and memory grow with the number of steps.
 
     Published settings: Dimitrov et al. take squared distances, Adam with step size 0.1 to 0.4, 200
     iterations, total variation 2e-4 to 1e-3, a clip penalty of 2 to 10 and known counts; Geiping et al. the
@@ -28,7 +28,7 @@ class LocalSteps(Inversion):
     Differs from Dimitrov et al.: cosine distance, signs and a box by default, as in Inverting Gradients.
     """
 
-    tv: float = 1e-3
+    tv: float = 1e-2
     epoch_prior: float = 1e-2
 
     name: ClassVar[str] = "local-steps"

@@ -20,7 +20,7 @@ from fedaudit.attacks.signed_adam import Descent, SignedAdam
 _log = logging.getLogger(__name__)
 
 Objective = Callable[..., Tensor]
-"""Takes the variables of one restart, returns a scalar."""
+"""Takes the variables of one restart and what it was given, returns a scalar."""
 Box = tuple[Tensor | float, Tensor | float] | None
 
 
@@ -30,6 +30,7 @@ class Descended:
 
     Attributes:
         variables: of the best restart, at its lowest objective.
+        given: what that restart was given.
         objective: there; infinite if no restart had a finite one.
         restart: which restart that was, from 0.
         steps: iterations, summed over restarts.
@@ -40,6 +41,7 @@ class Descended:
     """
 
     variables: tuple[Tensor, ...]
+    given: tuple[Tensor, ...]
     objective: float
     restart: int
     steps: int
@@ -77,6 +79,7 @@ def descend(
     descent: Descent,
     *,
     boxes: Sequence[Box],
+    given: Sequence[Tensor] = (),
     halve: bool = True,
     deadline: float = math.inf,
     one_by_one: Objective | None = None,
@@ -85,10 +88,12 @@ def descend(
     """Minimise an objective from several starts at once and return the best end.
 
     Args:
-        objective: takes one restart's variables; must be vectorisable by `torch.func.vmap`.
+        objective: takes one restart's variables, then what it was given; `torch.func.vmap` must be able
+            to vectorise it.
         starts: each variable's starts, stacked (R, ...).
         descent: the optimiser's settings.
         boxes: for each variable the smallest and largest value allowed, or None; starts are projected too.
+        given: further arguments of each restart, stacked (R, ...), that are not optimised.
         halve: drop the worse half, by the lowest objective so far, at the iterations of `halvings`.
         deadline: `time.monotonic()` after which to stop; the starts are always evaluated.
         one_by_one: the same objective for plain autograd, used where `objective` cannot be vectorised;
@@ -97,7 +102,7 @@ def descend(
     """
     count = len(starts[0])
     variables = [_project(s.detach().clone(), box) for s, box in zip(starts, boxes, strict=True)]
-    alive = torch.arange(count)
+    alive, constants = torch.arange(count), list(given)
     lowest = torch.full((count,), math.inf, dtype=torch.float64)
     kept = [v.clone() for v in variables]
     adam = SignedAdam(variables)
@@ -108,19 +113,19 @@ def descend(
             rows = lowest[alive].argsort(stable=True)[: rungs[iteration]].sort().values
             alive = alive[rows]
             rows = rows.to(variables[0].device)
-            variables = [v[rows] for v in variables]
+            variables, constants = [v[rows] for v in variables], [c[rows] for c in constants]
             adam.keep(rows)
             survivors += f", {len(alive)}@{iteration}"
         if together:
             try:
-                values, slopes = _vectorised(objective, variables)
+                values, slopes = _vectorised(objective, variables, constants)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 if iteration:  # it worked before: this is no property of the model
                     raise
                 together, hindrance = False, f"{type(error).__name__}: {error}".splitlines()[0][:160]
                 _log.info("restarts run one after the other: %s", hindrance)
         if not together:
-            values, slopes = _in_turn(one_by_one or objective, variables)
+            values, slopes = _in_turn(one_by_one or objective, variables, constants)
         numbers = values.to("cpu", torch.float64)
         better = numbers < lowest[alive]  # False for NaN
         lowest[alive[better]] = numbers[better]
@@ -136,6 +141,7 @@ def descend(
     winner = int(lowest.argmin())
     return Descended(
         tuple(v[winner] for v in kept),
+        tuple(c[winner] for c in given),
         float(lowest[winner]),
         winner,
         steps,
@@ -146,21 +152,25 @@ def descend(
     )
 
 
-def _vectorised(objective: Objective, variables: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _vectorised(
+    objective: Objective, variables: Sequence[Tensor], given: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """Objectives (K,) and their slopes: rows are independent, so the sum's slope holds each row's own."""
     leaves = [v.detach().requires_grad_() for v in variables]
-    values = vmap(objective)(*leaves)
+    values = vmap(objective)(*leaves, *given)
     slopes = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
     return values.detach(), list(slopes)
 
 
-def _in_turn(objective: Objective, variables: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _in_turn(
+    objective: Objective, variables: Sequence[Tensor], given: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """The same numbers, one restart after the other."""
     values: list[Tensor] = []
     rows: list[tuple[Tensor, ...]] = []
     for k in range(len(variables[0])):
         leaves = [v[k].detach().requires_grad_() for v in variables]
-        value = objective(*leaves)
+        value = objective(*leaves, *(c[k] for c in given))
         rows.append(torch.autograd.grad(value, leaves, materialize_grads=True))
         values.append(value.detach())
     return torch.stack(values), [torch.stack(column) for column in zip(*rows, strict=True)]
