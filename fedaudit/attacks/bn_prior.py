@@ -1,12 +1,13 @@
 """Batch-normalisation statistics as an image prior: a batch should look to each layer like the data did."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedaudit.attacks.attacked_model import batch_norms
+from fedaudit.attacks.attacked_model import batch_norms, forget_running_statistics
 
 FIRST = 10.0
 """Weight of the first layer relative to the others."""
@@ -32,7 +33,10 @@ def bn_statistics(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if not layers:
         return None
     targets = [(_copy(layer.running_mean), _copy(layer.running_var)) for layer in layers]
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    model = copy.deepcopy(model)
+    layers = batch_norms(model)
+    forget_running_statistics(model)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
 
     def prior(x: Tensor) -> Tensor:
         inputs: dict[int, Tensor] = {}

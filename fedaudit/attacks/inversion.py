@@ -192,7 +192,7 @@ class _Problem:
         models = [model] if len(epochs) == len(epochs[0]) == 1 else [model, _returned(model, update)]
         labels = labels_for(attack.labels, attack.classes, gradient, models, sum(epochs[0]), ctx)
         bn_layers = len(batch_norms(model))
-        bn = bn_statistics(copy.deepcopy(model)) if attack.bn else None
+        bn = bn_statistics(model) if attack.bn else None
         forget_running_statistics(model)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         matched = [name for name in trainable if name in gradient]

@@ -116,15 +116,16 @@ def descend(
             variables, constants = [v[rows] for v in variables], [c[rows] for c in constants]
             adam.keep(rows)
             survivors += f", {len(alive)}@{iteration}"
-        if together:
+        several = len(alive) > 1  # alone, plain autograd takes half the time
+        if together and several:
             try:
                 values, slopes = _vectorised(objective, variables, constants)
             except (RuntimeError, NotImplementedError, ValueError) as error:
-                if iteration:  # it worked before: this is no property of the model
+                if iteration:  # it worked before, so the model is not to blame
                     raise
                 together, hindrance = False, f"{type(error).__name__}: {error}".splitlines()[0][:160]
                 _log.info("restarts run one after the other: %s", hindrance)
-        if not together:
+        if not (together and several):
             values, slopes = _in_turn(one_by_one or objective, variables, constants)
         numbers = values.to("cpu", torch.float64)
         better = numbers < lowest[alive]  # False for NaN

@@ -1,0 +1,281 @@
+"""Gradient inversion: how well attacks recover natural images, and how fast restarts run.
+
+    python -m benchmarks.attacks                      about five minutes of one core
+    python -m benchmarks.attacks --size smoke         seconds: does it run?
+    python -m benchmarks.attacks --size full --device cuda
+
+The images are the first ten of a seeded permutation of the embedded 32x32 patches, fixed before any result
+was seen; labels are 0 to 9 in that order. Batches are consecutive images, the last one wraps around. Models
+are untrained. `speed` compares restarts x iterations per second with breaching 0.1.2
+(`pip install breaching==0.1.2 hydra-core`, needed here only), on the same images, model, loss and settings,
+one after the other in turns, on one thread; without it that part is left out and says so.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measurement import keep, spread
+from fedaudit.attacks.scores import score
+from fedaudit.data.embedded import patches
+from fedaudit.models import build_model
+from fedaudit.registry import ATTACKS
+from fedaudit.spec import parse_spec
+from fedaudit.types import ClientUpdate, RoundContext
+
+SEED = 0
+IMAGES = 10
+CLASSES = 10
+LR = 0.1
+RECOVERED = 20.0  # dB
+Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is attacked.
+
+    Attributes:
+        groups: batches of LeNet that are attacked, at most; 0 is as many as cover ten images.
+        iterations: of Inverting Gradients and local-steps on LeNet.
+        dlg_iterations: of DLG on LeNet.
+        restarts: of Inverting Gradients and local-steps on LeNet.
+        width: of the narrow ConvNet.
+        convnet_batches: batch sizes for ConvNets.
+        convnet_groups: batches of ConvNets that are attacked.
+        convnet_iterations: of Inverting Gradients on ConvNets, one restart.
+        convnet_dlg_iterations: of DLG on the narrow ConvNet.
+        large_iterations: of Inverting Gradients on the 2.9M ConvNet; 0 leaves it out.
+        speed_iterations: of each timed piece.
+        turns: how often each contestant is timed.
+    """
+
+    groups: int = 0
+    iterations: int = 300
+    dlg_iterations: int = 300
+    restarts: int = 4
+    width: int = 16
+    convnet_batches: tuple[int, ...] = (1, 4)
+    convnet_groups: int = 2
+    convnet_iterations: int = 80
+    convnet_dlg_iterations: int = 10
+    large_iterations: int = 40
+    speed_iterations: int = 40
+    turns: int = 3
+
+
+SIZES = {
+    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, 1),
+    "default": Size(),
+    "full": Size(0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 100, 5),
+}
+
+
+def images() -> Tensor:
+    """Ten natural images (10, 3, 32, 32), by recipe."""
+    data = patches()
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(SEED))
+    return data.x[order[:IMAGES]]
+
+
+def groups(batch: int, most: int) -> list[list[int]]:
+    """Consecutive images in batches, wrapping around, until each was used once."""
+    starts = range(0, IMAGES, batch)
+    found = [[(start + i) % IMAGES for i in range(batch)] for start in starts]
+    return found[:most] if most else found
+
+
+def sum_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy, summed."""
+    return F.cross_entropy(outputs, labels, reduction="sum")
+
+
+def train(build: Build, x: Tensor, y: Tensor, batch: int, lr: float) -> ClientUpdate:
+    """One local epoch of plain SGD in order."""
+    model = build()
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    delta = {name: value.detach() - before[name] for name, value in model.state_dict().items()}
+    return ClientUpdate(0, 1, before, delta, len(x))
+
+
+def attack(
+    spec: str, model: str, chosen: Sequence[int], batch: int, lr: float, device: str
+) -> dict[str, float]:
+    """Scores of one attack on one update, and its seconds."""
+    x, y = images()[list(chosen)], torch.tensor(list(chosen)) % CLASSES
+
+    def build() -> nn.Module:
+        return build_model(model, (3, 32, 32), CLASSES, SEED)
+
+    steps = -(-len(x) // batch)
+    ctx = RoundContext(
+        round=1,
+        build_model=build,
+        loss=sum_loss,
+        lr=lr,
+        local_steps=steps,
+        batch_size=batch,
+        input_shape=(3, 32, 32),
+        num_classes=CLASSES,
+        seed=SEED,
+        device=device,
+    )
+    begin = time.process_time() if device == "cpu" else time.perf_counter()
+    found = ATTACKS.build(parse_spec(spec)).reconstruct(train(build, x, y, batch, lr), ctx)
+    end = time.process_time() if device == "cpu" else time.perf_counter()
+    scores = score(found.x, found.y, x, y)
+    return {"psnr": scores["psnr"], "labels": scores["label_accuracy"], "seconds": end - begin}
+
+
+def cell(
+    spec: str, model: str, batches: Sequence[Sequence[int]], device: str, **local: Any
+) -> dict[str, Any]:
+    """One row of the table: PSNR over batches, mean over a batch's images first."""
+    found = [
+        attack(spec, model, chosen, local.get("batch", len(chosen)), local.get("lr", LR), device)
+        for chosen in batches
+    ]
+    decibels = [one["psnr"] for one in found]
+    row = {
+        "attack": spec,
+        "model": model,
+        "local-steps": -(-len(batches[0]) // local.get("batch", len(batches[0]))),
+        "images-per-step": local.get("batch", len(batches[0])),
+        "updates": len(batches),
+        "psnr-mean": round(statistics.fmean(decibels), 2),
+        "psnr-min": round(min(decibels), 2),
+        "psnr-max": round(max(decibels), 2),
+        "updates-above-20-dB": sum(value > RECOVERED for value in decibels),
+        "label-accuracy": round(statistics.fmean(one["labels"] for one in found), 3),
+        "seconds-per-update": round(statistics.fmean(one["seconds"] for one in found), 2),
+    }
+    print(row, flush=True)
+    return row
+
+
+def table(size: Size, device: str) -> list[dict[str, Any]]:
+    """PSNR of every attack."""
+    ig = f"inverting-gradients(restarts={size.restarts}, iterations={size.iterations})"
+    dlg = f"dlg(restarts=1, iterations={size.dlg_iterations})"
+    rows = [cell(spec, "lenet", groups(b, size.groups), device) for spec in (dlg, ig) for b in (1, 4, 8)]
+    ig = f"inverting-gradients(restarts=1, iterations={size.convnet_iterations})"
+    dlg = f"dlg(restarts=1, iterations={size.convnet_dlg_iterations})"
+    narrow = f"convnet(width={size.width})"
+    rows.append(cell(dlg, narrow, groups(1, 1), device))
+    rows += [cell(ig, narrow, groups(b, size.convnet_groups), device) for b in size.convnet_batches]
+    if size.large_iterations and size.width != 64:
+        ig = f"inverting-gradients(restarts=1, iterations={size.large_iterations})"
+        rows.append(cell(ig, "convnet", groups(1, 1), device))
+    known = "-".join(str(i % CLASSES) for i in range(8))
+    settings = f"restarts={size.restarts}, iterations={size.iterations}, labels=known, classes={known}"
+    rows.append(cell(f"local-steps({settings})", "lenet", groups(8, 1), device, batch=2, lr=0.01))
+    single = f"inverting-gradients(restarts={size.restarts}, iterations={size.iterations})"
+    rows.append(cell(single, "lenet", groups(8, 1), device, batch=2, lr=0.01))
+    return rows
+
+
+def ours(model: str, batch: int, restarts: int, iterations: int, device: str) -> float:
+    """Restarts x iterations per second of Inverting Gradients."""
+    settings = f"restarts={restarts}, iterations={iterations}, tv=0.2, halve=false, labels=known"
+    classes = "-".join(map(str, range(batch)))
+    spec = f"inverting-gradients({settings}, classes={classes})"
+    found = attack(spec, model, range(batch), batch, LR, device)
+    return restarts * (iterations + 1) / found["seconds"]  # the end is evaluated, too
+
+
+def breaching_rate(model_spec: str, batch: int, restarts: int, iterations: int, device: str) -> float:
+    """The same of breaching's `invertinggradients`, whose restarts run one after the other."""
+    import breaching
+    from omegaconf import OmegaConf
+
+    folder = Path(breaching.__file__).parent / "config" / "attack"
+    config = OmegaConf.merge(
+        *(
+            OmegaConf.load(folder / f"{n}.yaml")
+            for n in ("_default_optimization_attack", "invertinggradients")
+        ),
+        {"restarts": {"num_trials": restarts}, "optim": {"max_iterations": iterations}},
+    )
+    model, loss = build_model(model_spec, (3, 32, 32), CLASSES, SEED).to(device), nn.CrossEntropyLoss()
+    x, y = images()[:batch].to(device), torch.arange(batch, device=device)
+    gradients = list(torch.autograd.grad(loss(model(x), y), list(model.parameters())))
+    metadata = argparse.Namespace(shape=(3, 32, 32), modality="vision", mean=(0.0,) * 3, std=(1.0,) * 3)
+    setup = {"dtype": torch.float, "device": torch.device(device)}
+    attacker = breaching.attacks.prepare_attack(model, loss, config, setup)
+    payload = [{"parameters": [p.detach() for p in model.parameters()], "buffers": [], "metadata": metadata}]
+    known = {"labels": y, "num_data_points": batch, "local_hyperparams": None}
+    shared = [{"gradients": gradients, "buffers": None, "metadata": known}]
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    begin = clock()
+    attacker.reconstruct(payload, shared, {})
+    return restarts * iterations / (clock() - begin)
+
+
+def speed(size: Size, device: str) -> dict[str, Any]:
+    """Rates of eight restarts at once, of one restart, and of breaching, in turns."""
+    try:
+        from fedaudit.vision import import_torchvision
+
+        import_torchvision()  # breaching imports it, which needs help beside a CPU build of torch
+        import breaching  # noqa: F401
+    except ImportError as error:
+        return {"breaching": f"not installed: {error}"}
+    found: dict[str, Any] = {"unit": "restarts x iterations per second of processor time"}
+    for model, batch in (("lenet", 1), ("lenet", 4), ("cnn", 1), (f"convnet(width={size.width})", 1)):
+        rates: dict[str, list[float]] = {"eight-at-once": [], "one": [], "breaching": []}
+        ours(model, batch, 8, 1, device)  # kernels are prepared at their first use
+        for _ in range(size.turns):
+            rates["eight-at-once"].append(ours(model, batch, 8, size.speed_iterations, device))
+            rates["one"].append(ours(model, batch, 1, size.speed_iterations, device))
+            rates["breaching"].append(breaching_rate(model, batch, 1, size.speed_iterations, device))
+        at_once = rates["eight-at-once"]
+        found[f"{model}, batch {batch}"] = {
+            **{name: spread(values) for name, values in rates.items()},
+            "ratio-to-breaching": spread([a / b for a, b in zip(at_once, rates["breaching"], strict=True)]),
+            "ratio-to-one": spread([a / b for a, b in zip(at_once, rates["one"], strict=True)]),
+        }
+        print(model, batch, found[f"{model}, batch {batch}"], flush=True)
+    return found
+
+
+def main() -> None:
+    """Run both parts and keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="default")
+    parser.add_argument("--part", choices=("both", "table", "speed"), default="both")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--packages", type=Path, help="folder that holds breaching, if it is not installed")
+    parser.add_argument("--output", type=Path)
+    for field in fields(Size):
+        if field.type is int:
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.packages:
+        sys.path.append(str(options.packages))
+    given = {f.name: getattr(options, f.name, None) for f in fields(Size)}
+    size = replace(SIZES[options.size], **{k: v for k, v in given.items() if v is not None})
+    results: dict[str, Any] = {"size": options.size, "device": options.device}
+    if options.part != "table":
+        results["speed"] = speed(size, options.device)
+    if options.part != "speed":
+        results["table"] = table(size, options.device)
+    keep("attacks", results, options.output)
+
+
+if __name__ == "__main__":
+    main()
