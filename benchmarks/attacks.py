@@ -55,7 +55,7 @@ class Size:
         convnet_iterations: of Inverting Gradients on ConvNets, one restart.
         convnet_dlg_iterations: of DLG on the narrow ConvNet.
         large_iterations: of Inverting Gradients on the 2.9M ConvNet; 0 leaves it out.
-        speed_iterations: of each timed piece.
+        speed_iterations: of each timed piece; a quarter of it on the ConvNet.
         turns: how often each contestant is timed.
     """
 
@@ -66,9 +66,9 @@ class Size:
     width: int = 16
     convnet_batches: tuple[int, ...] = (1, 4)
     convnet_groups: int = 2
-    convnet_iterations: int = 80
+    convnet_iterations: int = 120
     convnet_dlg_iterations: int = 10
-    large_iterations: int = 40
+    large_iterations: int = 150
     speed_iterations: int = 40
     turns: int = 3
 
@@ -237,11 +237,12 @@ def speed(size: Size, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"unit": "restarts x iterations per second of processor time"}
     for model, batch in (("lenet", 1), ("lenet", 4), ("cnn", 1), (f"convnet(width={size.width})", 1)):
         rates: dict[str, list[float]] = {"eight-at-once": [], "one": [], "breaching": []}
+        iterations = max(1, size.speed_iterations // (4 if model.startswith("convnet") else 1))
         ours(model, batch, 8, 1, device)  # kernels are prepared at their first use
         for _ in range(size.turns):
-            rates["eight-at-once"].append(ours(model, batch, 8, size.speed_iterations, device))
-            rates["one"].append(ours(model, batch, 1, size.speed_iterations, device))
-            rates["breaching"].append(breaching_rate(model, batch, 1, size.speed_iterations, device))
+            rates["eight-at-once"].append(ours(model, batch, 8, iterations, device))
+            rates["one"].append(ours(model, batch, 1, iterations, device))
+            rates["breaching"].append(breaching_rate(model, batch, 1, iterations, device))
         at_once = rates["eight-at-once"]
         found[f"{model}, batch {batch}"] = {
             **{name: spread(values) for name, values in rates.items()},
