@@ -81,7 +81,7 @@ def head_labels(
     if head.dim() == 2:
         raise ValueError("labels=idlg for a batch needs a head with a bias, got none: use labels=joint")
     inputs = ctx.reference[0] if use_reference and ctx.reference is not None else _noise(ctx)
-    inputs = inputs.to(ctx.device)
+    inputs = inputs.to(next(models[0].parameters()))
     with torch.no_grad():
         softmax = [copy.deepcopy(model)(inputs).softmax(dim=-1).mean(dim=0) for model in models]
     counts = label_counts(head, torch.stack(softmax).mean(dim=0).to(head.device), batch)

@@ -306,6 +306,14 @@ def test_the_time_budget_of_an_update_is_respected() -> None:
     assert bool(found.x.isfinite().all())
 
 
+def test_double_precision_and_derived_counts_go_together() -> None:
+    x, y = planted(3)
+    update, ctx = sent(x, y, build=dense_net), replace(context(x, build=dense_net), reference=(x, y))
+    found = InvertingGradients(restarts=1, iterations=1, precision="double").reconstruct(update, ctx)
+    assert torch.equal(found.y, y.sort().values)
+    assert found.x.dtype == torch.float32
+
+
 def test_what_was_assumed_is_stated() -> None:
     x, y = planted(2)
     found = InvertingGradients(restarts=4, iterations=8, labels="known", classes=stated(y)).reconstruct(
