@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
 from fedaudit.errors import RunFailedError
 from fedaudit.kept_files import save_images, save_update
@@ -276,12 +278,24 @@ class Auditor:
                 )
                 continue
             seconds = time.perf_counter() - started
+            found = self._with_card(found, update, ctx)
             objective = Estimate(
                 found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps}
             )
             rows.add(f"{attack.name}.objective", "1", "server", objective, seconds, update)
             self._score(attack.name, found, update, ctx, rows)
             announce("audit", number, len(updates), update.round, name=attack.name)
+
+    def _with_card(self, found: Reconstruction, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
+        """The reconstruction with its threat card among its conditions."""
+        from fedaudit.attacks.threat_card import threat_card
+
+        if ctx.build_model is None:
+            return found
+        with torch.random.fork_rng(devices=[]):
+            model = ctx.build_model()
+        card = threat_card(model, update, ctx, found.conditions, self.defense)
+        return replace(found, conditions={**found.conditions, **card.as_extra()})
 
     def _score(
         self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: AuditRows

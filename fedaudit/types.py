@@ -115,7 +115,8 @@ class RoundContext:
         round: server round, from 1.
         build_model: returns a fresh model of the federation's architecture.
         loss: SUM-reduced loss (outputs, labels) -> scalar.
-        lr: local learning rate of this round.
+        lr: local learning rate of this round; None where a step is not lr times a gradient.
+        optimizer: the clients' optimiser, e.g. "sgd", "adam", "sgd with momentum".
         local_steps: optimiser steps per client; 0 or None means by epochs.
         local_epochs: passes over the local data where local_steps is not set.
         batch_size: local batch size (the expected one under Poisson sampling).
@@ -136,6 +137,7 @@ class RoundContext:
     build_model: Callable[[], nn.Module] | None = None
     loss: Loss | None = None
     lr: float | None = None
+    optimizer: str | None = None
     local_steps: int | None = None
     local_epochs: int | None = None
     batch_size: int | None = None
