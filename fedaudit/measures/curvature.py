@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedaudit.measures.piecewise_linear import curved_module
-from fedaudit.measures.probes import ProbeMean, check_examples, probe_mean, random_signs, twice_differentiable
+from fedaudit.measures.probes import (
+    ProbeMean,
+    check_differentiable_again,
+    check_examples,
+    probe_mean,
+    random_signs,
+    twice_differentiable,
+)
 from fedaudit.measures.watched_calls import spans
 from fedaudit.types import Loss
 
@@ -113,6 +120,7 @@ def _products(value: Tensor, x: Tensor, signs: Tensor) -> Tensor:
         return torch.zeros_like(signs, dtype=torch.float64).transpose(0, 1).flatten(2)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     (gradient,) = torch.autograd.grad(value, x, create_graph=True, allow_unused=True, materialize_grads=True)
+    check_differentiable_again(gradient)
     rows = []
     for v in signs.unbind(1):
         if gradient.requires_grad:

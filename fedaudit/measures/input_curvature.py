@@ -59,14 +59,14 @@ class InputCurvature:
         variant: "trace" (tr H), "trace-squared" (tr H^2) or "norm" (h E|H v|, h = 0.001).
         at: weights before local training (broadcast) or after (returned).
         examples: largest number of examples, drawn at random.
-        chunk: examples per pass where probes are used.
+        chunk: examples per pass where probes are used; few suit a CPU's caches, a GPU likes more.
     """
 
     probes: int = 16
     variant: Literal["trace", "trace-squared", "norm"] = "trace"
     at: Literal["before", "after"] = "after"
     examples: int = 64
-    chunk: int = 64
+    chunk: int = 8
 
     name: ClassVar[str] = "input-curvature"
     unit: ClassVar[str] = "1"

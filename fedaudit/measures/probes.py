@@ -7,7 +7,7 @@ stochastic estimator of the trace of the influence matrix for Laplacian smoothin
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -135,3 +135,23 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
                 f"the loss must be differentiable twice, also by the input, got from torch: {error}: replace "
                 "the operation it names, or leave this measure out"
             ) from error
+
+
+def check_differentiable_again(gradient: Tensor) -> None:
+    """Raise a RuntimeError where the graph of a gradient holds an operation that is differentiable once only.
+
+    torch itself raises only if it walks through that operation, which it skips when asked for the derivative
+    by given tensors: it would return a wrong number.
+    """
+    waiting: list[Any] = [gradient.grad_fn]
+    seen: set[Any] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "an operation of the model is marked as differentiable once (once_differentiable)"
+            )
+        waiting += [child for child, _ in node.next_functions]

@@ -24,6 +24,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from fedaudit.measures.layers import layers_of
 from fedaudit.measures.probes import (
     ProbeMean,
+    check_differentiable_again,
     check_examples,
     probe_mean,
     random_signs,
@@ -34,7 +35,7 @@ from fedaudit.types import Loss
 
 FORWARD = "forward over reverse"
 REVERSE = "double backward"
-_NUMBERS = 2**23  # numbers in the products J v of one chunk: 32 MB in float32
+_NUMBERS = 2**21  # numbers in the products J v of one chunk: 8 MB in float32, which caches like
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,18 +105,19 @@ def gradient_sensitivity(
     A large value says the gradient moves when the input does, which an inversion needs; it does not say
     that different inputs give different gradients, and is no bound on what a reconstruction can recover. A
     layer is a module's own trainable parameters. Every example and probe takes one forward-mode derivative
-    of the gradient, vectorised over both; where a model's operations do not allow that, examples take turns
-    and the same products come from two backward passes (J v = d/dw <dl/dx, v>, second derivatives commute).
+    of the gradient, vectorised over both; where a model's operations do not allow that, or it is so large
+    that it does not pay, examples take turns and the same products come from two backward passes (J v =
+    d/dw <dl/dx, v>, as second derivatives commute).
 
     Args:
         model: any module that treats examples by themselves, in its present mode.
         loss: SUM-reduced loss (outputs, labels) -> scalar.
         x: inputs (B, ...), floating point.
         y: labels (B, ...).
-        probes: number of random vectors, at least 2; 8 give each layer's value within about 10 %.
+        probes: number of random vectors, at least 2.
         generator: source of the signs, example by example.
-        chunk: examples per pass; None lets the products of a pass take about 32 MB. It does not change the
-            numbers.
+        chunk: examples per pass; None lets the products of a pass take about 8 MB, or takes examples one by
+            one where a single one's are larger. It does not change the numbers.
 
     Raises:
         ValueError: if inputs are not continuous, x and y differ in length, there are fewer than two probes,
@@ -131,8 +133,9 @@ def gradient_sensitivity(
     check_examples(model, x, y, probes)
     moving = _trainable(model)
     size = sum(p.numel() for p in moving.values())
-    step = chunk or max(1, min(len(x), _NUMBERS // (probes * size)))
-    found, method = [], FORWARD
+    fits = _NUMBERS // (probes * size)
+    step = chunk or max(1, min(len(x), fits))
+    found, method = [], FORWARD if chunk or fits else REVERSE
     with twice_differentiable(model), random_state_kept(x):
         for start, stop in spans(len(x), step):
             a, b = x[start:stop].detach(), y[start:stop]
@@ -234,6 +237,7 @@ def _double_backward(
         raise ValueError("a sensitivity needs a loss that depends on the parameters, got one that does not")
     first = _gradients(value, {**leaves, "": x}, None, create_graph=True)
     by_input = first.pop("")
+    check_differentiable_again(by_input)
     changes = [
         _layer_squares(
             _gradients(by_input, leaves, v)
