@@ -100,7 +100,7 @@ class GradientSensitivity:
         chosen = "relative" if self.relative else "absolute"
         value, error = means[chosen]
         by_layer = found.relative() if self.relative else found.absolute()
-        extra: Extra = {"relative-value": self.relative, "standard-error": error, "probes": self.probes}
+        extra: Extra = {"value-is": chosen, "standard-error": error, "probes": self.probes}
         for name, (mean, deviation) in means.items():
             extra |= {name: mean, f"{name}-standard-error": deviation}
         extra |= {"method": found.method, "examples": len(x), **origin}
