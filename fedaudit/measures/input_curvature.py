@@ -66,7 +66,7 @@ class InputCurvature:
     variant: Literal["trace", "trace-squared", "norm"] = "trace"
     at: Literal["before", "after"] = "after"
     examples: int = 64
-    chunk: int = 8
+    chunk: int = 16
 
     name: ClassVar[str] = "input-curvature"
     unit: ClassVar[str] = "1"

@@ -35,7 +35,7 @@ from fedaudit.types import Loss
 
 FORWARD = "forward over reverse"
 REVERSE = "double backward"
-_NUMBERS = 2**21  # numbers in the products J v of one chunk: 8 MB in float32, which caches like
+_NUMBERS = 2**22  # numbers in the products J v of one chunk: 16 MB in float32, which caches like
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def gradient_sensitivity(
         y: labels (B, ...).
         probes: number of random vectors, at least 2.
         generator: source of the signs, example by example.
-        chunk: examples per pass; None lets the products of a pass take about 8 MB, or takes examples one by
+        chunk: examples per pass; None lets the products of a pass take about 16 MB, or takes examples one by
             one where a single one's are larger. It does not change the numbers.
 
     Raises:
