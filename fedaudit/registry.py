@@ -162,6 +162,14 @@ MEASURES = Registry(
             "cosine of a client's update to the mean of the cohort",
             "fedaudit.measures.norms:UpdateCosine",
         ),
+        "input-curvature": (
+            "how strongly the loss curves around an example, at a client's weights",
+            "fedaudit.measures.input_curvature:InputCurvature",
+        ),
+        "gradient-sensitivity": (
+            "how strongly each layer's gradient responds to a change of the input",
+            "fedaudit.measures.gradient_sensitivity:GradientSensitivity",
+        ),
     },
 )
 ATTACKS = Registry(
