@@ -304,6 +304,8 @@ class Auditor:
         from fedaudit.attacks import scores
 
         if self.oracle is None:
+            if self.save_images and self.log:
+                save_images(self.log.folder / "attacks", name, found, None, update, ctx, {})
             return
         try:
             truth = self.oracle.truth(update)

@@ -1,4 +1,4 @@
-"""The command `fedaudit`: run, compare, calibrate, report, list.
+"""The command `fedaudit`: run, compare, calibrate, attack, report, list.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input. Heavy imports wait until a command needs them.
 """
@@ -141,6 +141,57 @@ def calibrate(
 
     Console().print(rich_table(found))
     print(f"report: {page}")
+
+
+@cli.command()
+def attack(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="folder of a run with audit.save-updates")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--attack", metavar="SPEC", help="which, e.g. 'dlg(labels=idlg)'")
+    ] = "dlg",
+    client: Annotated[list[int] | None, typer.Option("--client", help="whose update; repeatable")] = None,
+    round_: Annotated[list[int] | None, typer.Option("--round", help="of which round; repeatable")] = None,
+    restarts: Annotated[int | None, typer.Option(min=1, help="most restarts")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="time budget per update")] = None,
+    before: Annotated[Path | None, typer.Option(help="weights sent out, safetensors, instead of RUN")] = None,
+    after: Annotated[Path | None, typer.Option(help="weights that came back")] = None,
+    model: Annotated[str, typer.Option(help="package.module:function that returns the model")] = "",
+    shape: Annotated[str, typer.Option(help="shape of an input, e.g. 3,32,32")] = "",
+    classes: Annotated[int, typer.Option(min=0, help="number of classes")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="local learning rate of plain SGD")] = 0.0,
+    steps: Annotated[int, typer.Option(min=1, help="local steps")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="examples in a step")] = 1,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Attack recorded updates of a run, or one update of any federation."""
+    from fedaudit.config import ints
+    from fedaudit.offline_attacks import ForeignUpdate, attack_foreign, attack_run, with_limits
+    from fedaudit.records import load_run
+    from fedaudit.watch import Watch
+
+    if (run is None) == (before is None):
+        raise ConfigError("attack takes either a RUN or --before and --after: give exactly one of the two")
+    spec = with_limits(name, restarts, seconds)
+    if run is not None:
+        attacked = load_run(Path(run))
+        folder = _fresh(Path(output) if output else attacked.path.with_name(f"{attacked.name}-attack"))
+        with Watch(1, quiet=as_json):
+            found = attack_run(attacked, spec, folder, client or (), round_ or ())
+    else:
+        missing = [flag for flag, value in (("--after", after), ("--model", model), ("--shape", shape),
+                                            ("--classes", classes), ("--lr", lr)) if not value]  # fmt: skip
+        if missing or before is None or after is None:
+            raise ConfigError(
+                f"an update from elsewhere needs {', '.join(missing)} beside --before: give all"
+            )
+        foreign = ForeignUpdate(model, before, after, ints(shape), classes, lr, steps, batch_size)
+        folder = _fresh(Path(output) if output else after.with_suffix(".attack"))
+        with Watch(1, quiet=as_json):
+            found = attack_foreign(foreign, spec, folder)
+    _finish([found], folder / "report.html", as_json)
 
 
 @cli.command()
