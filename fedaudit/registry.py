@@ -162,6 +162,10 @@ MEASURES = Registry(
             "cosine of a client's update to the mean of the cohort",
             "fedaudit.measures.norms:UpdateCosine",
         ),
+        "subspace-distance": (
+            "angle between the gradients of examples with and without a latent attribute",
+            "fedaudit.measures.subspace_distance:SubspaceDistance",
+        ),
     },
 )
 ATTACKS = Registry(
