@@ -166,6 +166,10 @@ MEASURES = Registry(
             "angle between the gradients of examples with and without a latent attribute",
             "fedaudit.measures.subspace_distance:SubspaceDistance",
         ),
+        "usable-information": (
+            "nats a decoder finds in each layer's gradient about the input or an attribute",
+            "fedaudit.measures.usable_information:UsableInformation",
+        ),
     },
 )
 ATTACKS = Registry(
