@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fedaudit.measures.attributes import check_attribute, follows_label, latent_attribute
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.layer_coordinates import layer_coordinates
-from fedaudit.measures.probes import LogisticProbe, RidgeDecoder, fit_logistic, fit_ridge, log_ratio
+from fedaudit.measures.linear_probes import LogisticProbe, RidgeDecoder, fit_logistic, fit_ridge, log_ratio
 from fedaudit.measures.released_directions import (
     batch_members,
     direction_features,
