@@ -169,6 +169,13 @@ MEASURES = Registry(
         "gradient-sensitivity": (
             "how strongly each layer's gradient responds to a change of the input",
             "fedaudit.measures.gradient_sensitivity:GradientSensitivity",
+        "subspace-distance": (
+            "angle between the gradients of examples with and without a latent attribute",
+            "fedaudit.measures.subspace_distance:SubspaceDistance",
+        ),
+        "usable-information": (
+            "nats a decoder finds in each layer's gradient about the input or an attribute",
+            "fedaudit.measures.usable_information:UsableInformation",
         ),
     },
 )
