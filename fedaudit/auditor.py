@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
-from fedaudit.errors import RunFailedError
+from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.kept_files import save_images, save_update
 from fedaudit.needs import missing
 from fedaudit.progress import announce
@@ -111,6 +111,10 @@ class Auditor:
         self.log = AuditLog(output) if output is not None else None
         self.run_id = self.log.run_id if self.log else "memory"
         self.measures: list[Measure] = [MEASURES.build(spec) for spec in parse_specs(measures)]
+        names = [measure.name for measure in self.measures]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"a measure is listed once, got {twice} more than once: give its options once")
         self.attacks: list[Attack] = [ATTACKS.build(spec) for spec in parse_specs(attacks)]
         self._context = context if callable(context) else lambda _round: context or RoundContext(0)
         self.observers = tuple(observers)

@@ -169,13 +169,18 @@ MEASURES = Registry(
         "gradient-sensitivity": (
             "how strongly each layer's gradient responds to a change of the input",
             "fedaudit.measures.gradient_sensitivity:GradientSensitivity",
+        ),
         "subspace-distance": (
             "angle between the gradients of examples with and without a latent attribute",
             "fedaudit.measures.subspace_distance:SubspaceDistance",
         ),
         "usable-information": (
-            "nats a decoder finds in each layer's gradient about the input or an attribute",
+            "nats a decoder finds in each layer's gradient about the input",
             "fedaudit.measures.usable_information:UsableInformation",
+        ),
+        "usable-attribute-information": (
+            "nats a probe finds in each layer's gradient about a latent attribute",
+            "fedaudit.measures.usable_information:usable_attribute",
         ),
     },
 )

@@ -331,3 +331,10 @@ class UsableInformation:
             "normalised": whole.nats / entropy,
             "penalty": whole.decoder.penalty,
         }
+
+
+def usable_attribute(
+    attribute: str = "brightness", batch: int = 1, dims: int = 64, examples: int = 256, chunk: int = 64
+) -> UsableInformation:
+    """The measure about a latent attribute, registered as "usable-attribute-information"."""
+    return UsableInformation("attribute", attribute, batch, dims, examples, chunk)
