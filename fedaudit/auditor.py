@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fedaudit.attack_trigger import Trigger
 from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
 from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.kept_files import save_images, save_update
@@ -78,6 +79,8 @@ class Auditor:
         attacks: spec list of attacks.
         attack_rounds: rounds whose updates are attacked.
         attack_clients: how many clients of such a round, lowest ids first.
+        attack_trigger: "quantity > number" or "quantity < number": in any audited round the clients for whom
+            it holds are attacked too, at most `attack_clients` of them, most extreme first; empty is none.
         defense: the defense in force, for the records.
         every: audit every this many rounds; the first and `last_round` always.
         last_round: the federation's last round; 0 if unknown.
@@ -101,6 +104,7 @@ class Auditor:
         attacks: str = "",
         attack_rounds: Sequence[int] = (1,),
         attack_clients: int = 1,
+        attack_trigger: str = "",
         defense: str = "unknown",
         every: int = 1,
         last_round: int = 0,
@@ -121,6 +125,7 @@ class Auditor:
         self.oracle = oracle
         self.attack_rounds = frozenset(attack_rounds)
         self.attack_clients = attack_clients
+        self.trigger = Trigger.parse(attack_trigger) if attack_trigger else None
         self.defense = defense
         self.every = every
         self.last_round = last_round
@@ -165,9 +170,8 @@ class Auditor:
         if self.save_updates and self.log and self.due(round_number):
             for update in ordered:
                 save_update(self.log.folder / "updates", update)
-        if round_number in self.attack_rounds:
-            for attack in self.attacks:
-                self._attack(attack, ordered[: self.attack_clients], rows)
+        for attack in self.attacks:
+            self._attack(attack, self._attacked(round_number, ordered, rows), rows)
         self.add(round_number, rows.records)
         bad = [row for row in rows.records if row.status in ("skipped", "failed")]
         if self.strict and bad:
@@ -262,6 +266,16 @@ class Auditor:
                     measure.name, measure.unit, observer, finding, seconds / max(len(targets), 1), update
                 )
             announce("audit", number, len(jobs) + len(self.attacks), updates[0].round, name=measure.name)
+
+    def _attacked(
+        self, round_number: int, updates: Sequence[ClientUpdate], rows: AuditRows
+    ) -> Sequence[ClientUpdate]:
+        """The updates of this round that are attacked: by plan, or because a measure asks for it."""
+        planned = updates[: self.attack_clients] if round_number in self.attack_rounds else ()
+        if self.trigger is None:
+            return planned
+        asked = self.trigger.clients(rows.records)[: self.attack_clients]
+        return [*planned, *(u for u in updates if u.client_id in asked and u not in planned)]
 
     def _attack(self, attack: Attack, updates: Sequence[ClientUpdate], rows: AuditRows) -> None:
         if not updates:

@@ -1,4 +1,4 @@
-"""The command `fedaudit`: run, compare, calibrate, attack, report, list.
+"""The command `fedaudit`: run, compare, calibrate, attack, diagnose, report, list.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input. Heavy imports wait until a command needs them.
 """
@@ -192,6 +192,37 @@ def attack(
         with Watch(1, quiet=as_json):
             found = attack_foreign(foreign, spec, folder)
     _finish([found], folder / "report.html", as_json)
+
+
+@cli.command()
+def diagnose(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a simulation run")],
+    client: Annotated[int, typer.Option("--client", help="whose update")] = 0,
+    round_: Annotated[int, typer.Option("--round", help="of which round")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Say why an inversion cannot work on an update, and which attack applies."""
+    from dataclasses import asdict
+
+    from fedaudit.offline_attacks import diagnose_run
+    from fedaudit.records import load_run
+
+    card, advice = diagnose_run(load_run(Path(run)), client, round_)
+    if as_json:
+        shown = {"card": card.as_extra(), "attacks": [asdict(each) for each in advice]}
+        print(json.dumps(shown, indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"Update of client {client} in round {round_}: {card.grade} conditions", box=None)
+    for heading in ("Attack", "Verdict", "Why"):
+        table.add_column(heading, overflow="fold")
+    for each in advice:
+        table.add_row(each.attack, each.verdict, escape("; ".join(each.reasons) or "no obstacle"))
+    Console().print(table)
+    print(f"in the attacker's favour: {', '.join(card.favours) or 'nothing'}")
 
 
 @cli.command()

@@ -5,18 +5,22 @@ its scores; images; and a report. The attacked run is left as it is.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fedaudit.app import Setup, describe, setup, summed_cross_entropy
+from fedaudit.attacks.diagnosis import Advice, diagnose
+from fedaudit.attacks.threat_card import ThreatCard, threat_card
 from fedaudit.auditor import Auditor
 from fedaudit.config import RunConfig
 from fedaudit.errors import ConfigError, RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run, write_json, write_text
+from fedaudit.registry import ATTACKS
 from fedaudit.report.tables import records_summary
 from fedaudit.spec import Spec, parse_spec
 from fedaudit.types import ClientUpdate, RoundContext
@@ -130,6 +134,32 @@ def attack_run(
         save_images=True,
     )
     return _attacked(auditor, updates, output)
+
+
+def diagnose_run(run: Run, client: int, round_number: int) -> tuple[ThreatCard, list[Advice]]:
+    """Under which conditions an update of a run was made, and which attacks apply to it.
+
+    The update itself need not have been kept: settings and model decide.
+
+    Raises:
+        RecordError: if the run has no configuration, or no such update.
+    """
+    made = setup_of(run)
+    rows = run.records
+    rows = rows[(rows["round"] == round_number) & (rows["client_id"] == client) & (rows["status"] == "ok")]
+    if not len(rows):
+        raise RecordError(
+            f"a diagnosis needs a round in which the client's update was used, got round {round_number} and "
+            f"client {client} of {run.path}: look into its records"
+        )
+    with torch.random.fork_rng(devices=[]):
+        model = made.build_model()
+    examples = len(made.partitions[client])
+    update = ClientUpdate(client, round_number, model.state_dict(), {}, examples)
+    ctx = replace(made.context(round_number), num_updates=made.clients)
+    card = threat_card(model, update, ctx, {}, made.config.defense.name)
+    attacks = [entry.load()() for entry in map(ATTACKS.__getitem__, ATTACKS)]
+    return card, diagnose(attacks, update, ctx, card)
 
 
 def attack_foreign(update: ForeignUpdate, attack: str, output: Path) -> Run:

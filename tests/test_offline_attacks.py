@@ -11,7 +11,13 @@ from fedaudit.app import execute, run_folder
 from fedaudit.cli import main
 from fedaudit.config import RunConfig
 from fedaudit.errors import ConfigError, RecordError
-from fedaudit.offline_attacks import ForeignUpdate, attack_foreign, attack_run, with_limits
+from fedaudit.offline_attacks import (
+    ForeignUpdate,
+    attack_foreign,
+    attack_run,
+    diagnose_run,
+    with_limits,
+)
 from fedaudit.records import load_run
 
 
@@ -135,3 +141,35 @@ def test_what_is_missing_is_said(run, foreign, tmp_path, capsys):
 def test_limits_become_options() -> None:
     assert with_limits("dlg", 2, 1.5) == "dlg(restarts=2, seconds=1.5)"
     assert with_limits("dlg(restarts=7)", 2, None) == "dlg(restarts=2)"
+
+
+def test_a_diagnosis_names_the_obstacles_and_the_favours(run, capsys):
+    assert main(["diagnose", str(run.path), "--client", "1", "--round", "2", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    verdicts = {each["attack"]: each["verdict"] for each in shown["attacks"]}
+    assert verdicts["dlg"] == "applies"
+    assert shown["card"]["card-local-steps"] == 1 and shown["card"]["grade"] == "favourable"
+    assert main(["diagnose", str(run.path), "--client", "1", "--round", "9"]) == 2
+    assert "a round in which the client's update was used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "words"),
+    [
+        (
+            {"train.local-steps": 5},
+            "does not apply",
+            "5 local steps: a single-gradient attack",
+        ),
+        ({"train.optimizer": "adam"}, "does not apply", "a step of adam is not"),
+        ({"defense.name": "dp-sgd(epsilon=8)"}, "weakened", "noise of standard deviation"),
+        ({"train.batch-size": 32}, "weakened", "32 examples share each gradient"),
+    ],
+)
+def test_each_obstacle_is_said(changes, verdict, words, run, tmp_path):
+    config = RunConfig.from_flat({**run.info["config"], **changes, "output.directory": str(tmp_path)})
+    execute(config.with_(output__name="x", federation__rounds=1, audit__save_updates=False))
+    _, advice = diagnose_run(load_run(tmp_path / "x"), 0, 1)
+    dlg = next(each for each in advice if each.attack == "dlg")
+    assert dlg.verdict == verdict
+    assert words in "; ".join(dlg.reasons)
