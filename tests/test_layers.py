@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = """errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet \
-__version__
+LAYERS = """\
+errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet __version__
 accounting rank_correlation
 measures attacks canaries defenses data models
 auditor audit_rows report training kept_files
