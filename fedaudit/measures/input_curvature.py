@@ -114,6 +114,17 @@ class InputCurvature:
                 results[position] = self._estimate(values, extra | ceiling, exact and len(x) == total)
         return [results[position] for position in range(len(updates))]
 
+    def per_example(self, update: ClientUpdate, ctx: RoundContext) -> Tensor:
+        """The variant for each of the client's own examples (n,)."""
+        if ctx.build_model is None or ctx.loss is None or ctx.evidence is None:
+            raise ValueError(f"{self.name} needs the model, the loss and evidence: give all")
+        with torch.random.fork_rng(devices=[]):
+            model = ctx.build_model().to(ctx.device).eval()
+        model.load_state_dict(weights_of(update, self.at))
+        evidence = ctx.evidence(update)
+        x, y = evidence.x.to(ctx.device), evidence.y.to(ctx.device)
+        return self._values(model, ctx.loss, x, y, ctx, update.client_id)[0].mean
+
     def _examples(self, update: ClientUpdate, ctx: RoundContext) -> tuple[Tensor, Tensor, int, int]:
         """The chosen examples, out of how many, and the key of their random draws."""
         if ctx.observer != "server" and ctx.evidence is not None:
