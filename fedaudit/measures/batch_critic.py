@@ -218,6 +218,8 @@ def train_critic(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
     )
     best, best_step, best_state = held_out(), 0, copy.deepcopy(critic.state_dict())
+    if best >= math.log(pairs) - 1e-6:  # at the ceiling nothing is left to learn
+        steps = 0
     for step in range(1, steps + 1):
         group = torch.randperm(len(train), generator=generator)[:_GROUP]
         drawn = stacked.draw(group, pairs, generator)
