@@ -170,8 +170,8 @@ def permutation_p_value(scores: Tensor, permutations: int, generator: torch.Gene
 
     p = (1 + #{null >= observed}) / (1 + permutations): never 0, at most `level` with probability at most
     `level` if X and Y are independent. A small p says that the critic finds SOME dependence in pairs it
-    was not fitted to; a large one does not say that there is none. Where the pairs are batches that share
-    examples, the null is "this observation belongs to any of these batches".
+    was not fitted to; a large one does not say that there is none. The pairs must be independent of each
+    other: for batches that share examples use `batch_null.example_permutation_null`.
 
     Args:
         scores: critic scores (K, K) of pairs the critic was not fitted to.
