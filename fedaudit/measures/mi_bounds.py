@@ -231,7 +231,8 @@ def gaussian_channel(rows: Tensor, batch: int, noise_std: float) -> float:
 
     For Y = sum of b independent rows + N(0, s^2 I) the Gaussian input maximises I(X;Y) at given
     covariance, so with the true covariance this is an upper bound on I(X;Y); with the sample covariance
-    it is an estimate of that bound. Drawing rows without replacement only lowers the signal.
+    it is an estimate of that bound, and a low one if rows are few (the log-determinant is concave): 64 rows
+    in 20 dimensions lose 2 to 6 %. Drawing rows without replacement only lowers the signal.
 
     Args:
         rows: signal per example (n, d), n >= 2.

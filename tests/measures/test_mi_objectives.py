@@ -70,9 +70,7 @@ def test_later_steps_of_mine_divide_by_the_moving_average() -> None:
         scores = (3 * scores_of(seed)).detach().requires_grad_()
         objective = mine_objective(scores, average)
         f = scores.tolist()
-        mean = sum(math.exp(f[i][j]) for i in range(K) for j in range(K) if i != j) / (
-            K * (K - 1)
-        )
+        mean = sum(math.exp(f[i][j]) for i in range(K) for j in range(K) if i != j) / (K * (K - 1))
         running = mean if running is None else 0.9 * running + 0.1 * mean
         expected = torch.tensor(
             [
