@@ -1,10 +1,15 @@
-"""Which linear maps a model applies to one example, and the gradients of one example through them.
+"""Which linear maps and scales a model applies to one example, and the gradients of one example through them.
 
-Layers are recognised by the functions they call, not by their class: every call of `linear`, `conv2d` or
-`embedding` that uses a parameter in question is watched during a forward pass of a single example, under
-`torch.func.vmap` over the examples. So neither the position of the batch dimension, nor reshaping, nor
+Layers are recognised by the functions they call, not by their class: every call of `linear`, a convolution,
+`embedding` or a norm that uses a parameter in question is watched during a forward pass of a single example,
+under `torch.func.vmap` over the examples. So neither the position of the batch dimension, nor reshaping, nor
 repeated use of a layer has to be guessed, and no hook is placed in the model.
+
+`torch.func.vmap` cannot run everything (fused recurrent layers, control flow that depends on data). Where it
+raises, the same function runs example by example: exact too, B times the overhead.
 """
+
+import logging
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +22,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+log = logging.getLogger(__name__)
 
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}  # and their spatial dimensions
+NORMS: dict[Any, tuple[str, ...]] = {
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    F.instance_norm: (
+        *("input", "running_mean", "running_var", "weight", "bias"),
+        *("use_input_stats", "momentum", "eps"),
+    ),
+}
 SIGNATURES: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
-    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"),
+    F.embedding: (
+        *("input", "weight", "padding_idx", "max_norm"),
+        *("norm_type", "scale_grad_by_freq", "sparse"),
+    ),
+    **dict.fromkeys(CONVOLUTIONS, _CONVOLUTION),
+    **NORMS,
 }
 
 
@@ -32,7 +53,7 @@ class Call:
     """One watched call in the forward pass of one example.
 
     Attributes:
-        function: `F.linear`, `F.conv2d` or `F.embedding`.
+        function: one of SIGNATURES.
         weight: name of the parameter used as weight, if watched calls are all that uses it.
         bias: likewise for the bias.
         options: the arguments that are not tensors.
@@ -55,7 +76,7 @@ class Gradients:
     """Per-example results of one backward pass.
 
     Attributes:
-        inputs: by number of the call, its inputs (B, ...).
+        inputs: by number of the call, its inputs (B, ...); of a norm, the normalised inputs.
         signals: by number of the call, the gradients of its output (B, ...).
         direct: by name, the gradients of the parameters differentiated directly (B, *shape).
     """
@@ -79,20 +100,54 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in SIGNATURES:
             return func(*args, **kwargs)
-        options = dict(zip(SIGNATURES[func], args, strict=False)) | kwargs
-        _refuse_undefined(options)
-        output = func(*args, **kwargs)
+        options = arguments(func, args, kwargs)
         weight, bias = (self.names.get(id(options.get(role))) for role in ("weight", "bias"))
         if (weight is None and bias is None) or not torch.is_grad_enabled():
-            return output
+            return func(**options)
         index = len(self.calls)
-        plain = {key: value for key, value in options.items() if not isinstance(value, Tensor)}
-        kernel = options["weight"].shape
-        self.calls.append(Call(func, weight, bias, plain, kernel, output.shape, output.dtype))
         if index not in self.taps:
-            return output
-        self.inputs[index] = options["input"]
-        return output + self.taps[index]
+            output = func(**options)
+        elif func in NORMS:  # scale and shift apart, so that the scale's input is at hand
+            inputs = func(**options | {"weight": None, "bias": None})
+            scale, shift = (over_channels(func, options.get(role), inputs) for role in ("weight", "bias"))
+            tap = self.taps[index] if shift is None else self.taps[index] + shift
+            output = inputs + tap if scale is None else torch.addcmul(tap, inputs, scale)
+        else:
+            inputs, output = options["input"], func(**options) + self.taps[index]
+        if index in self.taps:
+            self.inputs[index] = inputs
+        self.calls.append(call_of(func, options, weight, bias, output))
+        return output
+
+
+def arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a watched call by name, in a form that couples no examples.
+
+    Raises:
+        ValueError: if an embedding scales gradients by frequency or renormalises its weight.
+    """
+    options = dict(zip(SIGNATURES[function], args, strict=False)) | dict(kwargs)
+    _refuse_undefined(options)
+    if function is F.instance_norm and options.get("use_input_stats", True):
+        options |= {"running_mean": None, "running_var": None}  # kept up to date, not used
+    return options
+
+
+def call_of(
+    function: Any, options: Mapping[str, Any], weight: str | None, bias: str | None, output: Tensor
+) -> Call:
+    """What is remembered of a call."""
+    plain = {key: value for key, value in options.items() if not isinstance(value, Tensor)}
+    used = options.get("weight")
+    kernel = options["bias"].shape if used is None else used.shape
+    return Call(function, weight, bias, plain, kernel, output.shape, output.dtype)
+
+
+def over_channels(function: Any, parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """A norm's parameter in a shape that multiplies its input: channels are dimension 1 or the last ones."""
+    if parameter is None or function is F.layer_norm:
+        return parameter
+    return parameter.reshape(-1, *[1] * (x.ndim - 2))
 
 
 def find_calls(
@@ -150,12 +205,17 @@ def per_example(
             scalar = loss(functional_call(model, state, (x[None],)), y[None])
         return scalar, watch.inputs
 
-    differentiate = vmap(
-        grad(value, argnums=(0, 1), has_aux=True), in_dims=(None, None, 0, 0), randomness="different"
-    )
-    pieces = [
-        differentiate(zeros, moving, x[start:stop], y[start:stop]) for start, stop in spans(len(x), chunk)
-    ]
+    differentiate = grad(value, argnums=(0, 1), has_aux=True)
+    together = vmap(differentiate, in_dims=(None, None, 0, 0), randomness="different")
+    ranges = list(spans(len(x), chunk))
+    try:
+        pieces = [together(zeros, moving, x[start:stop], y[start:stop]) for start, stop in ranges]
+    except (
+        RuntimeError
+    ) as error:  # vmap has no rule for it; what is wrong with the model itself is raised again
+        log.info("torch.func.vmap cannot run the model, it runs example by example: %s", error)
+        singles = [differentiate(zeros, moving, x[i], y[i]) for i in range(len(x))]
+        pieces = [tree_map(lambda *values: torch.stack(values), *singles)]
     return Gradients(
         inputs={i: torch.cat([inputs[i].detach() for _, inputs in pieces]) for i in taps},
         signals={i: torch.cat([signals[i] for (signals, _), _ in pieces]) for i in taps},

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedaudit.measures import ghost_kernels
+from fedaudit.measures import ghost_kernels, gram_shares
 from fedaudit.measures.ghost_kernels import clip_gram, example_gradients, example_gram
 
 pytestmark = [
@@ -259,12 +259,13 @@ def test_both_forms_agree_at_every_block_size(monkeypatch, form, name, block):
     def forced(gram, maps, chunk):
         places = sum(m.places for m in maps)
         if form == "_add_ghost":
-            ghost_kernels._add_ghost(gram, maps, places, chunk)
+            gram_shares._add_ghost(gram, maps, places, chunk)
         else:
-            ghost_kernels._add_materialised(gram, maps, places)
+            gram_shares._add_materialised(gram, maps, places)
 
-    monkeypatch.setattr(ghost_kernels, "BLOCK", block)
-    monkeypatch.setattr(ghost_kernels, "_add_weight", forced)
+    monkeypatch.setattr(gram_shares, "BLOCK", block)
+    monkeypatch.setattr(gram_shares, "PATCHES", block)
+    monkeypatch.setattr(gram_shares, "_add_weight", forced)
     assert relative_error(example_gram(model, squares, x, y), G @ G.T) < 1e-9
 
 
@@ -282,13 +283,13 @@ def test_the_cheaper_form_is_chosen_from_shapes(monkeypatch, name, form):
     model, x, y = build(name)
     taken = []
     for candidate in ("_add_ghost", "_add_materialised"):
-        original = getattr(ghost_kernels, candidate)
+        original = getattr(gram_shares, candidate)
 
         def noted(*args, _name=candidate, _original=original):
             taken.append(_name)
             _original(*args)
 
-        monkeypatch.setattr(ghost_kernels, candidate, noted)
+        monkeypatch.setattr(gram_shares, candidate, noted)
     example_gram(model, squares, x, y)
     assert taken == [form]
 
