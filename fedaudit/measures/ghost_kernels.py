@@ -62,7 +62,8 @@ def example_gram(
     >>> example_gram(line, lambda outputs, labels: (outputs * labels).sum(), x, y).tolist()
     [[1.0, 2.0], [2.0, 4.0]]
     """
-    trainable = _trainable(model, x, y, parameters, chunk)
+    _check_request(x, y, chunk)
+    trainable = trainable_parameters(model, parameters)
     with random_state_kept(x):
         calls = find_calls(model, loss, x, y, trainable)
         uses = uses_by_parameter(calls)
@@ -105,7 +106,8 @@ def example_gradients(
     Raises:
         ValueError: as `example_gram`, and if clip_norm is not positive.
     """
-    trainable = list(_trainable(model, x, y, None, chunk))
+    _check_request(x, y, chunk)
+    trainable = list(trainable_parameters(model, None))
     with random_state_kept(x):
         found = per_example(model, loss, x, y, trainable, {}, trainable, chunk)
     rows = torch.cat([found.direct[name].flatten(1) for name in trainable], dim=1)
@@ -136,16 +138,13 @@ def _clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
     return (clip_norm / squared_norms.clamp(min=0).sqrt()).clamp(max=1)  # C / 0 = inf becomes 1
 
 
-def _trainable(
-    model: nn.Module, x: Tensor, y: Tensor, names: Collection[str] | None, chunk: int | None
-) -> dict[str, nn.Parameter]:
-    """The parameters in question, once the request is known to make sense."""
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(
-            f"x and y hold the same examples, at least one, got {len(x)} and {len(y)}: match them"
-        )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"a chunk holds at least one example, got chunk={chunk}: give 1 or more, or None")
+def trainable_parameters(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters in question, by name.
+
+    Raises:
+        ValueError: if the model normalises by batch statistics, or a named parameter is not trainable, or
+            none is.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None
@@ -166,3 +165,12 @@ def _trainable(
             f"choose from {', '.join(trainable)}"
         )
     return {name: p for name, p in trainable.items() if name in set(names)}
+
+
+def _check_request(x: Tensor, y: Tensor, chunk: int | None) -> None:
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(
+            f"x and y hold the same examples, at least one, got {len(x)} and {len(y)}: match them"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"a chunk holds at least one example, got chunk={chunk}: give 1 or more, or None")

@@ -1,10 +1,10 @@
 """What one parameter adds to a Gram matrix, from the inputs and output gradients of the calls that use it.
 
-A linear map is applied at T places (tokens, pixels, repeated uses) of an example with features x_t and signals
-d_t, the gradients of its outputs. The example's gradient is sum_t d_t x_t^T, so two examples have the inner
-product sum_ts (x_at . x_bs)(d_at . d_bs): the ghost form, which forms no gradient. The materialised form
-multiplies the gradients, block by block. A bias's gradient is sum_t d_t, a norm's scale has sum_t d_t * x_t;
-both are no larger than the bias or the scale and are formed.
+A linear map is applied at T places (tokens, pixels, repeated uses) of an example with features x_t and
+signals d_t, the gradients of its outputs. The example's gradient is sum_t d_t x_t^T, so two examples have the
+inner product sum_ts (x_at . x_bs)(d_at . d_bs): the ghost form, which forms no gradient. The materialised
+form multiplies the gradients, block by block. A bias's gradient is sum_t d_t, a norm's scale has sum_t d_t *
+x_t; both are no larger than the bias or the scale and are formed.
 """
 
 import math
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedaudit.measures.watched_calls import CONVOLUTIONS, NORMS, Call, spans
+from fedaudit.measures.watched_calls import CONVOLUTIONS, NORMS, Call, joined, spans
 
 BLOCK = 2**23  # numbers in one temporary: 64 MB in float64
-PATCHES = 2**18  # numbers in a block of patches: a megabyte of float32, which stays in a processor's cache
+SMALL = 2**20  # numbers in a temporary that is used at once: small enough to stay in a cache
+_TRIANGLE = 32  # rows of a Gram matrix at a time
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,17 @@ class Use:
         if space is None:
             return x.reshape(len(x), 1, -1, self.d_in).mT
         patches = _patches(x.flatten(0, -space - 2), self.call)
-        return _frames_joined(patches.unflatten(0, (len(x), -1)))
+        return _frames_joined(patches.reshape(len(x), -1, *patches.shape[1:]))
 
-    def parameter_sums(self, weight: bool) -> Tensor:
-        """Gradients (B, ...) of a bias or, with `weight`, of a norm's scale, for all examples."""
-        d = self.d * self.x if weight else self.d
+    def sums(self, weight: bool, start: int, stop: int) -> Tensor:
+        """Gradients (b, ...) of a bias or, with `weight`, of a norm's scale, of the examples in a range."""
+        if self.call.function not in NORMS:
+            return self.signals(start, stop).sum(3)
+        d = self.d[start:stop]
+        d = d * self.x[start:stop] if weight else d
         if self.call.function is F.layer_norm:
-            return d.reshape(len(d), -1, self.call.kernel.numel()).sum(1, dtype=torch.float64)
-        if self.call.function in NORMS:  # (B, examples of the call, C, ...)
-            return d.flatten(3).sum((1, 3), dtype=torch.float64)
-        return self.signals(0, len(d)).sum(3, dtype=torch.float64)
+            return d.reshape(len(d), -1, self.call.kernel.numel()).sum(1)
+        return d.reshape(*d.shape[:3], -1).sum(3).sum(1)  # (b, examples of the call, C, ...)
 
 
 def uses_by_parameter(calls: Sequence[Call]) -> dict[str, list[int]]:
@@ -104,20 +106,33 @@ def uses_by_parameter(calls: Sequence[Call]) -> dict[str, list[int]]:
 
 def add_share(gram: Tensor, name: str, uses: Sequence[Use], chunk: int | None) -> None:
     """Add the inner products (B, B) of the gradients of the parameter of this name, all uses of one kind."""
-    first = uses[0].call
-    if first.weight != name or first.function in NORMS:
-        weight = first.weight == name
-        add_outer(gram, torch.stack([use.parameter_sums(weight) for use in uses]).sum(0))
-    else:
+    first, B = uses[0].call, len(gram)
+    if first.weight == name and first.function not in NORMS:
         _add_weight(gram, uses, chunk)
+        return
+    size = max(1, SMALL // sum(math.prod(use.call.shape) for use in uses))
+    is_scale = first.weight == name
+    sums = [
+        torch.stack([use.sums(is_scale, start, stop) for use in uses]).sum(0)
+        for start, stop in spans(B, size)
+    ]
+    add_outer(gram, joined(sums))
 
 
 def add_outer(gram: Tensor, gradients: Tensor) -> None:
-    """Add the inner products of the rows of (B, ...), in float64, for blocks of columns."""
+    """Add the inner products of the rows of (B, ...) for blocks of columns.
+
+    Products are in float64 also of float32 gradients: so the result is positive semi-definite to 1e-16, and
+    uniqueness with a small ridge, or of near duplicates, depends on the gradients and not on this sum.
+    """
     rows = gradients.flatten(1)
-    for start, stop in spans(rows.shape[1], max(1, BLOCK // len(rows))):
+    B = len(rows)
+    for start, stop in spans(rows.shape[1], max(1, BLOCK // B)):
         block = rows[:, start:stop].double()
-        gram += block @ block.T
+        for low, high in spans(B, _TRIANGLE):  # nothing above the diagonal blocks
+            product = block[low:high] @ block[:high].T
+            gram[low:high, :high] += product
+            gram[:low, low:high] += product[:, :low].T
 
 
 def _add_weight(gram: Tensor, uses: Sequence[Use], chunk: int | None) -> None:
@@ -153,14 +168,14 @@ def _add_materialised(gram: Tensor, uses: Sequence[Use], places: int) -> None:
     The gradients have the model's precision, as from a backward pass; their products are in float64.
     """
     B, first = len(gram), uses[0]
-    rows = max(1, BLOCK // (B * first.groups * first.d_in))
-    size = max(1, PATCHES // (first.groups * places * first.d_in))
+    rows = min(first.d_out, max(1, BLOCK // (B * first.groups * first.d_in)))
+    size = max(1, SMALL // (first.groups * places * first.d_in))
     for low, high in spans(first.d_out, rows):
-        gradients = [
-            (_signals(uses, start, stop)[:, :, low:high] @ _features(uses, start, stop).mT).flatten(1)
-            for start, stop in spans(B, size)
-        ]
-        add_outer(gram, torch.cat(gradients))
+        gradients = gram.new_empty(B, first.groups, high - low, first.d_in)
+        for start, stop in spans(B, size):
+            signals = _signals(uses, start, stop)[:, :, low:high]
+            gradients[start:stop] = signals @ _features(uses, start, stop).mT
+        add_outer(gram, gradients)
 
 
 def _feature_products(a: Tensor, b: Tensor, kind: Use) -> Tensor:
@@ -180,16 +195,12 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _features(uses: Sequence[Use], start: int, stop: int) -> Tensor:
-    return _joined([use.features(start, stop) for use in uses])
+    """The places of several uses of one weight, one after the other."""
+    return joined([use.features(start, stop) for use in uses], dim=3)
 
 
 def _signals(uses: Sequence[Use], start: int, stop: int) -> Tensor:
-    return _joined([use.signals(start, stop) for use in uses])
-
-
-def _joined(uses: Sequence[Tensor]) -> Tensor:
-    """The places of several uses of one weight, one after the other."""
-    return uses[0] if len(uses) == 1 else torch.cat(list(uses), dim=3)
+    return joined([use.signals(start, stop) for use in uses], dim=3)
 
 
 def _frames_joined(t: Tensor) -> Tensor:
@@ -218,7 +229,7 @@ def _patches(x: Tensor, call: Call) -> Tensor:
         for length, step, extent, hop in zip(x.shape[2:], dilation, size, stride, strict=True)
     ]
     n, last = len(x), channels >= 4
-    x = x.unflatten(1, (groups, channels))
+    x = x.reshape(len(x), groups, channels, *x.shape[2:])
     x = (x.movedim(2, -1) if last else x).contiguous()
     along = x.stride()[2:-1] if last else x.stride()[3:]
     windows = [s * step for s, step in zip(along, dilation, strict=True)]

@@ -10,7 +10,6 @@ raises, the same function runs example by example: exact too, B times the overhe
 """
 
 import logging
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,6 +69,11 @@ class Call:
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def names(self) -> list[str]:
+        """The parameters it uses."""
+        return [name for name in (self.weight, self.bias) if name is not None]
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -108,7 +112,7 @@ class _Watch(TorchFunctionMode):
         if index not in self.taps:
             output = func(**options)
         elif func in NORMS:  # scale and shift apart, so that the scale's input is at hand
-            inputs = func(**options | {"weight": None, "bias": None})
+            inputs = normalised(func, options)
             scale, shift = (over_channels(func, options.get(role), inputs) for role in ("weight", "bias"))
             tap = self.taps[index] if shift is None else self.taps[index] + shift
             output = inputs + tap if scale is None else torch.addcmul(tap, inputs, scale)
@@ -143,6 +147,23 @@ def call_of(
     return Call(function, weight, bias, plain, kernel, output.shape, output.dtype)
 
 
+def normalised(function: Any, options: Mapping[str, Any]) -> Tensor:
+    """What a norm scales and shifts, by way of `layer_norm`, whose backward pass stays fused under vmap."""
+    x: Tensor = options["input"]
+    eps: float = options.get("eps", 1e-5)
+    if function is F.instance_norm and not options.get("use_input_stats", True):
+        statistics = options["running_mean"], options["running_var"]
+        standard: Tensor = F.instance_norm(x, *statistics, use_input_stats=False, eps=eps)
+        return standard
+    if function is F.layer_norm:
+        rows, shape = x, list(options["normalized_shape"])
+    else:
+        rows = x.reshape(x.shape[0], options["num_groups"] if function is F.group_norm else x.shape[1], -1)
+        shape = [rows.shape[2]]
+    standard = F.layer_norm(rows, shape, None, None, eps)
+    return standard.reshape(x.shape)
+
+
 def over_channels(function: Any, parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """A norm's parameter in a shape that multiplies its input: channels are dimension 1 or the last ones."""
     if parameter is None or function is F.layer_norm:
@@ -163,9 +184,9 @@ def find_calls(
     leaves = {name: p.detach().requires_grad_() for name, p in trainable.items()}
     watch = _Watch({id(leaf): name for name, leaf in leaves.items()}, {})
     with torch.enable_grad(), watch:
-        value = loss(functional_call(model, {**leaves, **_buffer_copies(model)}, (x[:1],)), y[:1])
-    edges = _uses_in_graph(value)
-    seen = Counter(name for call in watch.calls for name in (call.weight, call.bias) if name is not None)
+        value = loss(functional_call(model, {**leaves, **buffer_copies(model)}, (x[:1],)), y[:1])
+    edges = uses_in_graph([value])
+    seen = Counter(name for call in watch.calls for name in call.names)
     explained = {name for name, leaf in leaves.items() if seen[name] and seen[name] == edges[id(leaf)]}
     return [
         replace(
@@ -199,7 +220,7 @@ def per_example(
     def value(
         taps: dict[int, Tensor], moving: dict[str, Tensor], x: Tensor, y: Tensor
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        state = {**fixed, **moving, **_buffer_copies(model)}
+        state = {**fixed, **moving, **buffer_copies(model)}
         watch = _Watch({id(state[name]): name for name in trainable}, taps)
         with watch:
             scalar = loss(functional_call(model, state, (x[None],)), y[None])
@@ -217,10 +238,15 @@ def per_example(
         singles = [differentiate(zeros, moving, x[i], y[i]) for i in range(len(x))]
         pieces = [tree_map(lambda *values: torch.stack(values), *singles)]
     return Gradients(
-        inputs={i: torch.cat([inputs[i].detach() for _, inputs in pieces]) for i in taps},
-        signals={i: torch.cat([signals[i] for (signals, _), _ in pieces]) for i in taps},
-        direct={name: torch.cat([direct[name] for (_, direct), _ in pieces]) for name in moving},
+        inputs={i: joined([inputs[i].detach() for _, inputs in pieces]) for i in taps},
+        signals={i: joined([signals[i] for (signals, _), _ in pieces]) for i in taps},
+        direct={name: joined([direct[name] for (_, direct), _ in pieces]) for name in moving},
     )
+
+
+def joined(pieces: list[Tensor], dim: int = 0) -> Tensor:
+    """Pieces one after the other; a single one is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def spans(total: int, size: int | None) -> Iterator[tuple[int, int]]:
@@ -253,16 +279,16 @@ def _refuse_undefined(options: Mapping[str, Any]) -> None:
         )
 
 
-def _buffer_copies(model: nn.Module) -> dict[str, Tensor]:
+def buffer_copies(model: nn.Module) -> dict[str, Tensor]:
     """Buffers a forward pass may change: made inside it, as functional transforms ask."""
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def _uses_in_graph(value: Tensor) -> Counter[int]:
-    """How often the graph of `value` uses each leaf, by id; sees also what no function mode can see."""
+def uses_in_graph(values: Sequence[Tensor]) -> Counter[int]:
+    """How often the graph of `values` uses each leaf, by id; sees also what no function mode can see."""
     edges: Counter[int] = Counter()
-    waiting: list[Any] = [value.grad_fn]
-    visited: set[Any] = {value.grad_fn}
+    visited: set[Any] = {value.grad_fn for value in values}
+    waiting: list[Any] = list(visited)
     while waiting:
         for child, _ in getattr(waiting.pop(), "next_functions", ()):
             if hasattr(child, "variable"):
