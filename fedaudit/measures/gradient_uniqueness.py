@@ -97,8 +97,9 @@ def diagonal_gradient_uniqueness(gradients: Tensor, eps: float) -> Tensor:
     if gradients.ndim != 2:
         raise ValueError(f"gradients have shape (B, P), got {tuple(gradients.shape)}: flatten each example's")
     found = torch.zeros(len(gradients), dtype=torch.float64, device=gradients.device)
-    for block in gradients.detach().split(max(1, BLOCK // max(1, len(gradients))), dim=1):
-        squares = block.double().square()
+    width = max(1, BLOCK // max(1, len(gradients)))
+    for start in range(0, gradients.shape[1], width):
+        squares = gradients[:, start : start + width].detach().double().square()
         others = _sums_of_others(squares)
         found += (squares / (others + eps)).sum(1)
     return found
@@ -115,8 +116,8 @@ def _sums_of_others(values: Tensor) -> Tensor:
 def self_influence(gram: Tensor) -> Tensor:
     """TraceIn-self: the squared norms |g_i|^2 (B,) of per-example gradients, in the unit of gram.
 
-    What an example's own step does to its own loss, to first order and per unit of learning rate; the limit of
-    ridge * GNQ for a large ridge. It does not see whether other examples have the same gradient. One
+    What an example's own step does to its own loss, to first order and per unit of learning rate; the limit
+    of ridge * GNQ for a large ridge. It does not see whether other examples have the same gradient. One
     checkpoint's term of TracIn, Pruthi et al. 2020, arXiv 2002.08484.
 
     Raises:
