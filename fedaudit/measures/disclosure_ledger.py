@@ -82,7 +82,8 @@ class DisclosureLedger:
     A bound for the releases that were added and for no others: a step that was not added is not covered. It
     holds for an observer who sees the SUM of each step's gradients, with the others' sum taken as Gaussian
     (`membership_bound`), not for one who knows the other examples. Give the uniqueness of every example that
-    a step could have used: one that is not given counts as known to be absent from it. Abdelghafar et al. 2026, arXiv 2510.10902v2, for GNQ; the bound by the chain rule of information.
+    a step could have used: one that is not given counts as known to be absent from it. GNQ: Abdelghafar et
+    al. 2026, arXiv 2510.10902v2; the sum: chain rule of information.
 
     Args:
         prior: p, the probability that an example is in the client's data, before any release.
