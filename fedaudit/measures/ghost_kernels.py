@@ -8,13 +8,23 @@ d of the output, summed over the T places (tokens, pixels, repeated uses) where 
 needs x and d only. A convolution is a linear map of patches, an embedding one of one-hot vectors.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedaudit.measures.gram_shares import Use, add_outer, add_share, uses_by_parameter
-from fedaudit.measures.watched_calls import Loss, find_calls, per_example, random_state_kept
+from fedaudit.measures.watched_calls import (
+    Gradients,
+    Loss,
+    Replay,
+    find_calls,
+    per_example,
+    random_state_kept,
+    spans,
+)
+
+KEPT = 2**27  # numbers held for all examples together: 512 MB of float32; above, chunks run again
 
 
 def example_gram(
@@ -29,25 +39,29 @@ def example_gram(
     """Inner products of the per-example gradients of a sum-reduced loss: K_ab = <g_a, g_b>.
 
     g_i is the gradient of loss(model(x[i : i + 1]), y[i : i + 1]) with respect to the trainable parameters at
-    their present values, in the model's present mode; nothing is averaged over B. Weights used by linear, 2-d
+    their present values, in the model's present mode; nothing is averaged over B. Weights used by linear,
     convolution and embedding calls go through their ghost kernel or, where shapes make that cheaper, through
-    per-example gradients of that weight alone, block by block. Every other parameter (norm layers, bare
-    parameters, a weight that is also used in another way) takes the exact slower path of `torch.func`, which
-    holds (B, size of that parameter). The model is left as it was, and so are the global generators.
+    per-example gradients of that weight alone, block by block; scales and shifts of norm layers are summed
+    from inputs and output gradients. Every other parameter (attention's projections, recurrent and transposed
+    layers, bare parameters, a weight that is also used in another way) takes the exact slower path of
+    `torch.func`, which holds (B, size of that parameter). A model that `torch.func.vmap` cannot run, as one
+    with fused recurrent layers, runs example by example: exact, B times the overhead, noted in the log. The
+    model is left as it was, and so are the global generators.
 
     Ghost norms: Li et al. 2022, arXiv 2110.05679; batch-space gradient uniqueness: Abdelghafar et al. 2026,
     arXiv 2510.10902v2. Differs from [2510.10902]: its code multiplies the Gram matrices of flattened
     sequences, which is not the inner product for T > 1; here it is the double sum over t and s.
 
     Args:
-        model: any module that `torch.func.vmap` can run; dropout in training mode draws one mask per example.
+        model: any module; dropout in training mode draws one mask per example.
         loss: sum-reduced loss (outputs, labels) -> scalar.
         x: inputs (B, ...).
         y: labels (B, ...).
         parameters: names of the trainable parameters to include; None is all of them. Frozen never count.
         chunk: examples per forward and backward pass, and at most that many in a block of the ghost kernel;
-            None is all. What stays for all B are the inputs and output gradients of the watched calls and the
-            gradients of the parameters on the slower path.
+            None is all. Memory is that of two chunks, whatever B is: where inputs, output gradients and
+            slower gradients of all B are too many to hold (KEPT numbers), every pair of chunks is run
+            again, with the same random numbers, which multiplies the time of the passes by B / chunk / 2.
 
     Returns:
         K (B, B), float64, symmetric, in the loss's unit squared per parameter unit squared.
@@ -69,13 +83,38 @@ def example_gram(
         uses = uses_by_parameter(calls)
         taps = {i: calls[i] for i in sorted({i for used in uses.values() for i in used})}
         direct = [name for name in trainable if name not in uses]
-        found = per_example(model, loss, x, y, list(trainable), taps, direct, chunk)
-    gram = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
-    for name, used in uses.items():
-        add_share(gram, name, [Use(calls[i], found.inputs[i], found.signals[i]) for i in used], chunk)
-    for gradients in found.direct.values():
-        add_outer(gram, gradients)
+        run = Replay(
+            lambda start, stop: per_example(
+                model, loss, x[start:stop], y[start:stop], list(trainable), taps, direct
+            ),
+            x.device,
+        )
+        gram = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+        for examples, found in _blocks(run, list(spans(len(x), chunk))):
+            part = torch.zeros(len(examples), len(examples), dtype=torch.float64, device=x.device)
+            for name, used in uses.items():
+                add_share(part, name, [Use(calls[i], found.inputs[i], found.signals[i]) for i in used], chunk)
+            for gradients in found.direct.values():
+                add_outer(part, gradients)
+            gram[examples[:, None], examples] = part
     return (gram + gram.T) / 2
+
+
+def _blocks(run: Replay, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Gradients]]:
+    """Positions and results of examples such that every pair of examples is together in one of them.
+
+    All examples at once where that is little to hold, else every pair of chunks, run once more for each.
+    """
+    first = run(*ranges[0])
+    if len(ranges) < 3 or first.numbers * len(ranges) <= KEPT:
+        pieces = [first, *(run(*span) for span in ranges[1:])]
+        yield torch.arange(ranges[-1][1]), Gradients.joined(pieces)
+        return
+    for i, span in enumerate(ranges):
+        mine = run(*span) if i else first
+        for other in ranges[:i]:
+            examples = torch.cat([torch.arange(*other), torch.arange(*span)])
+            yield examples, Gradients.joined([run(*other), mine])
 
 
 def example_gradients(
@@ -93,7 +132,7 @@ def example_gradients(
     model: use `example_gram` where inner products are enough.
 
     Args:
-        model: any module that `torch.func.vmap` can run.
+        model: any module.
         loss: sum-reduced loss (outputs, labels) -> scalar.
         x: inputs (B, ...).
         y: labels (B, ...).
@@ -109,8 +148,11 @@ def example_gradients(
     _check_request(x, y, chunk)
     trainable = list(trainable_parameters(model, None))
     with random_state_kept(x):
-        found = per_example(model, loss, x, y, trainable, {}, trainable, chunk)
-    rows = torch.cat([found.direct[name].flatten(1) for name in trainable], dim=1)
+        found = [
+            per_example(model, loss, x[start:stop], y[start:stop], trainable, {}, trainable).direct
+            for start, stop in spans(len(x), chunk)
+        ]
+    rows = torch.cat([torch.cat([part[name].flatten(1) for name in trainable], dim=1) for part in found])
     if clip_norm is None:
         return rows
     squared = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()

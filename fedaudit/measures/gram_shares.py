@@ -148,18 +148,31 @@ def _add_weight(gram: Tensor, uses: Sequence[Use], chunk: int | None) -> None:
 
 
 def _add_ghost(gram: Tensor, uses: Sequence[Use], places: int, chunk: int | None) -> None:
-    """sum_ts (x_at . x_bs)(d_at . d_bs), for blocks of pairs of examples."""
+    """sum_ts (x_at . x_bs)(d_at . d_bs), for blocks of pairs of examples on and below the diagonal."""
     B, T, groups = len(gram), places, uses[0].groups
-    size = max(1, min(B, chunk or B, math.isqrt(BLOCK // (groups * T**2))))
+    quarter = max(_TRIANGLE // T, math.ceil(B / 4))
+    size = max(1, min(chunk or B, math.isqrt(BLOCK // (groups * T**2)), quarter))
+    widths = uses[0].d_out + (1 if uses[0].is_embedding else uses[0].d_in)
+
+    def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return _rows(_features(uses, start, stop)), _rows(_signals(uses, start, stop))
+
+    fits = groups * B * T * max(widths, size * T) <= BLOCK
+    whole = rows(0, B) if fits else None  # of all examples, once; else of each block of pairs
     for start, stop in spans(B, size):
-        features, signals = _rows(_features(uses, start, stop)), _rows(_signals(uses, start, stop))
-        for other, end in spans(stop, size):
-            products = _feature_products(features, _rows(_features(uses, other, end)), uses[0])
-            products *= signals @ _rows(_signals(uses, other, end)).mT
+        features, signals = _between(whole, start * T, stop * T) if whole else rows(start, stop)
+        for other, end in spans(stop, stop if whole else size):
+            others, against = _between(whole, other * T, end * T) if whole else rows(other, end)
+            products = _feature_products(features, others, uses[0])
+            products *= signals @ against.mT
             block = products.reshape(groups, stop - start, T, end - other, T).sum((0, 2, 4))
             gram[start:stop, other:end] += block
-            if other < start:
-                gram[other:end, start:stop] += block.T
+            above = min(end, start)  # the rest of the block is in the rows already
+            gram[other:above, start:stop] += block[:, : max(0, above - other)].T
+
+
+def _between(rows: tuple[Tensor, Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
+    return rows[0][:, start:stop], rows[1][:, start:stop]
 
 
 def _add_materialised(gram: Tensor, uses: Sequence[Use], places: int) -> None:

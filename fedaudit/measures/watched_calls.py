@@ -89,6 +89,23 @@ class Gradients:
     signals: dict[int, Tensor]
     direct: dict[str, Tensor]
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers are held."""
+        return sum(t.numel() for part in (self.inputs, self.signals, self.direct) for t in part.values())
+
+    @staticmethod
+    def joined(pieces: Sequence["Gradients"]) -> "Gradients":
+        """Those of several chunks of examples, one after the other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        first = pieces[0]
+        return Gradients(
+            {i: torch.cat([piece.inputs[i] for piece in pieces]) for i in first.inputs},
+            {i: torch.cat([piece.signals[i] for piece in pieces]) for i in first.signals},
+            {name: torch.cat([piece.direct[name] for piece in pieces]) for name in first.direct},
+        )
+
 
 class _Watch(TorchFunctionMode):
     """Notes every call whose weight or bias is one of `names` (by identity); adds `taps` to the outputs."""
@@ -206,7 +223,6 @@ def per_example(
     trainable: Sequence[str],
     taps: Mapping[int, Call],
     direct: Sequence[str],
-    chunk: int | None,
 ) -> Gradients:
     """Per example: inputs and output gradients of the tapped calls, gradients of the parameters in `direct`.
 
@@ -228,20 +244,13 @@ def per_example(
 
     differentiate = grad(value, argnums=(0, 1), has_aux=True)
     together = vmap(differentiate, in_dims=(None, None, 0, 0), randomness="different")
-    ranges = list(spans(len(x), chunk))
     try:
-        pieces = [together(zeros, moving, x[start:stop], y[start:stop]) for start, stop in ranges]
-    except (
-        RuntimeError
-    ) as error:  # vmap has no rule for it; what is wrong with the model itself is raised again
+        (signals, gradients), inputs = together(zeros, moving, x, y)
+    except RuntimeError as error:  # no batching rule; what is wrong with the model itself is raised once more
         log.info("torch.func.vmap cannot run the model, it runs example by example: %s", error)
         singles = [differentiate(zeros, moving, x[i], y[i]) for i in range(len(x))]
-        pieces = [tree_map(lambda *values: torch.stack(values), *singles)]
-    return Gradients(
-        inputs={i: joined([inputs[i].detach() for _, inputs in pieces]) for i in taps},
-        signals={i: joined([signals[i] for (signals, _), _ in pieces]) for i in taps},
-        direct={name: joined([direct[name] for (_, direct), _ in pieces]) for name in moving},
-    )
+        (signals, gradients), inputs = tree_map(lambda *values: torch.stack(values), *singles)
+    return Gradients({i: t.detach() for i, t in inputs.items()}, signals, gradients)
 
 
 def joined(pieces: list[Tensor], dim: int = 0) -> Tensor:
@@ -264,6 +273,29 @@ def random_state_kept(x: Tensor) -> Iterator[None]:
     """Leave the global generators as they were: measuring must not change how training goes on."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         yield
+
+
+class Replay:
+    """Runs chunks of examples, each time with the random numbers of the chunk's first time."""
+
+    def __init__(self, run: Callable[[int, int], Gradients], device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.states: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(self, start: int, stop: int) -> Gradients:
+        """Results for the examples in a range; a range is known by its start."""
+        cuda = self.device.type == "cuda"
+        if start not in self.states:
+            self.states[start] = (
+                torch.get_rng_state(),
+                torch.cuda.get_rng_state(self.device) if cuda else None,
+            )
+            return self.run(start, stop)
+        here, there = self.states[start]
+        torch.set_rng_state(here)
+        if there is not None:
+            torch.cuda.set_rng_state(there, self.device)
+        return self.run(start, stop)
 
 
 def _refuse_undefined(options: Mapping[str, Any]) -> None:

@@ -447,6 +447,36 @@ def test_chunks_do_not_change_the_gram(name, chunk):
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("name", ["cnn", "tied", "bare-parameter", "lstm"])
+def test_examples_that_are_too_many_to_hold_are_never_held(monkeypatch, name, chunk):
+    model, x, y = build(name)
+    whole = example_gram(model, squares, x, y)
+    held = []
+    for part in ("add_share", "add_outer"):
+        original = getattr(ghost_kernels, part)
+
+        def noted(gram, *args, _original=original):
+            held.append(len(gram))
+            _original(gram, *args)
+
+        monkeypatch.setattr(ghost_kernels, part, noted)
+    monkeypatch.setattr(ghost_kernels, "KEPT", 0)
+    torch.testing.assert_close(example_gram(model, squares, x, y, chunk=chunk), whole, rtol=1e-10, atol=1e-12)
+    assert max(held) == 2 * chunk
+
+
+def test_chunks_that_run_again_keep_their_dropout_masks(monkeypatch):
+    """Else a gradient would differ from pair to pair, and the matrix would be none of inner products."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1, bias=False)).double()
+    x = torch.ones(12, 3, dtype=torch.float64)
+    monkeypatch.setattr(ghost_kernels, "KEPT", 0)
+    gram = example_gram(model, lambda outputs, labels: outputs.sum(), x, torch.zeros(12), chunk=2)
+    values = torch.linalg.eigvalsh(gram)
+    assert float(values[0]) > -1e-9 and float(values[8]) < 1e-9  # gradients of three entries: rank three
+    assert float(gram.diagonal().max()) > float(gram.diagonal().min())
+
+
 def test_frozen_parameters_are_left_out():
     model, x, y = build("cnn")
     for parameter in (model[0].weight, model[4].weight, model[7].bias):
