@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--threads", default="1,2", help="numbers of threads, one after the other")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of one case")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one case")
     parser.add_argument("--large", action="store_true", help="also what takes minutes or many gigabytes")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

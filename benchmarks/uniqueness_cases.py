@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,7 @@ def finished(gram: Tensor) -> Tensor:
 def case(name: str, batch: int, threads: int, device: str) -> dict[str, Way]:
     """Model and batch of a case, and the ways to be compared."""
     torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # Opacus, at a model's first layer
     spec, shape = MODELS[name]
     model, same = (build_model(spec, shape, num_classes=10, seed=0).to(device) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
@@ -99,7 +101,7 @@ def case(name: str, batch: int, threads: int, device: str) -> dict[str, Way]:
 
 
 def times(name: str, batch: int, threads: int, device: str, seconds: float) -> dict[str, Any]:
-    """Milliseconds of every way, and their ratios round by round."""
+    """Milliseconds of every way, and ratios of their medians."""
     compared = case(name, batch, threads, device)
     started = time.perf_counter()
     grams = {way: work() for way, work in compared.items()}  # also the first, slower time
