@@ -71,6 +71,66 @@ def gradient_uniqueness(gram: Tensor, ridge: float) -> Tensor:
     return 1 / (ridge * torch.cholesky_inverse(factor).diagonal()) - 1
 
 
+def diagonal_gradient_uniqueness(gradients: Tensor, eps: float) -> Tensor:
+    """Uniqueness with the second moment's diagonal alone: D_i = sum_p g_ip^2 / (sum_{k != i} g_kp^2 + eps).
+
+    Without unit. The first version's practical variant: P divisions instead of an inverse, but blind to how
+    coordinates go together, so gradients that are combinations of others may look unique, and a rotation of
+    the parameters changes the number. For comparison with `gradient_uniqueness`, which needs inner products
+    alone; no bound follows from it. Abdelghafar et al. 2025, arXiv 2510.10902v1.
+
+    Args:
+        gradients: per-example gradients (B, P) of a sum-reduced loss.
+        eps: added to every coordinate's second moment, > 0, in the unit of a squared gradient.
+
+    Returns:
+        D (B,), float64.
+
+    Raises:
+        ValueError: if eps is not positive and finite, or gradients is not a matrix.
+
+    >>> diagonal_gradient_uniqueness(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), eps=1.0)
+    tensor([0.5000, 4.5000], dtype=torch.float64)
+    """
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps is positive and finite, got {eps}: give e.g. 0.01")
+    if gradients.ndim != 2:
+        raise ValueError(f"gradients have shape (B, P), got {tuple(gradients.shape)}: flatten each example's")
+    found = torch.zeros(len(gradients), dtype=torch.float64, device=gradients.device)
+    width = max(1, BLOCK // max(1, len(gradients)))
+    for start in range(0, gradients.shape[1], width):
+        squares = gradients[:, start : start + width].detach().double().square()
+        others = _sums_of_others(squares)
+        found += (squares / (others + eps)).sum(1)
+    return found
+
+
+def _sums_of_others(values: Tensor) -> Tensor:
+    """For each row the sum of the other rows, without subtracting: a difference would lose small sums."""
+    before = values.cumsum(0).roll(1, 0)
+    after = values.flip(0).cumsum(0).flip(0).roll(-1, 0)
+    before[0], after[-1] = 0, 0
+    return before + after
+
+
+def self_influence(gram: Tensor) -> Tensor:
+    """TraceIn-self: the squared norms |g_i|^2 (B,) of per-example gradients, in the unit of gram.
+
+    What an example's own step does to its own loss, to first order and per unit of learning rate; the limit
+    of ridge * GNQ for a large ridge. It does not see whether other examples have the same gradient. One
+    checkpoint's term of TracIn, Pruthi et al. 2020, arXiv 2002.08484.
+
+    Raises:
+        ValueError: if gram is not square.
+
+    >>> self_influence(torch.tensor([[4.0, 1.0], [1.0, 9.0]]))
+    tensor([4., 9.], dtype=torch.float64)
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"a Gram matrix has shape (B, B), got {tuple(gram.shape)}: pass G @ G.T")
+    return gram.detach().diagonal().double().clone()
+
+
 def relative_ridge(gram: Tensor, share: float = 0.01) -> float:
     """A ridge that scales with the gradients: share * trace(K) / B, in the unit of gram.
 
@@ -203,7 +263,8 @@ class ExampleGradientUniqueness:
     uncertainty of that size and bounds nothing if the observer has none. With p = 1 sampling leaves no
     uncertainty about who is in the step; what is left is whether an example is among the client's data at
     all, taken with the fair prior p = 1/2, the worst of all priors: the smallest ridge and the largest
-    H(p). `extra["prior"]` has the p used.
+    H(p). `extra["prior"]` has the p used; "trace-in-self" is the mean squared norm of the gradients, for
+    comparison.
 
     kind is "exact" if all local examples were used. Else it is "estimate": the mean is over a random subset,
     whose examples count only each other as others. At a fixed ridge that can only raise an example's GNQ, so
@@ -272,6 +333,7 @@ class ExampleGradientUniqueness:
             extra={
                 "median": float(gnq.quantile(0.5)),
                 "max": float(gnq.max()),
+                "trace-in-self": float(self_influence(gram).mean()),
                 "ridge": ridge,
                 "ridge-rule": rule,
                 "examples": len(gnq),
