@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = """errors types needs spec registry config records progress vision opacus_parts resnet __version__
-accounting rank_correlation
+accounting rank_correlation claims
 measures attacks canaries defenses data models
-auditor audit_rows report training kept_files
+auditor audit_rows report training kept_files verification
 flower simulation
 app calibration cli watch __main__ __init__
 strategies clients"""

@@ -1,0 +1,339 @@
+"""What the claims about an aggregate come to: weights, clipping by the server, noise after averaging."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from torch import Tensor
+
+from fedaudit.claims import (
+    HOLDS,
+    UNCHECKED,
+    VIOLATED,
+    AdaptiveClipping,
+    Claim,
+    ClipNorm,
+    EpsilonClaim,
+    Finding,
+    GaussianNoise,
+    Weights,
+)
+from fedaudit.types import ClientUpdate
+from fedaudit.verification.checks import Check, Scene, noise_check
+from fedaudit.verification.mixing import Explanation, Mixture, clip_factors, explain
+from fedaudit.verification.residuals import Residual, vector
+from fedaudit.verification.update_checks import epsilon_finding
+
+NO_RELEASE = "nothing was released in this round: the global weights did not change"
+NO_AGGREGATE = (
+    "the weights after this round are not known; whoever receives the next broadcast could check it"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What went into an aggregate and what came out.
+
+    Attributes:
+        claims: what is claimed about the round.
+        updates: what was received; empty if the observer does not see single updates.
+        before: the weights that were broadcast.
+        after: the weights of the next broadcast; None if unknown.
+        clip_norms: the clip norm of this round and of the next, where they are known.
+    """
+
+    claims: Sequence[Claim]
+    updates: Sequence[ClientUpdate]
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor] | None
+    clip_norms: tuple[float, float] | None = None
+
+    @property
+    def noise(self) -> GaussianNoise | None:
+        """The noise claimed on the aggregate."""
+        return next((c for c in self.claims if isinstance(c, GaussianNoise) and c.on == "aggregate"), None)
+
+    @property
+    def clip(self) -> ClipNorm | None:
+        """Clipping claimed of the server."""
+        return next((c for c in self.claims if isinstance(c, ClipNorm) and c.by == "server"), None)
+
+    @property
+    def weights(self) -> Weights | None:
+        """The claimed weights."""
+        return next((c for c in self.claims if isinstance(c, Weights)), None)
+
+
+class Aggregate:
+    """A round's aggregate with its explanation, found once for all checks."""
+
+    def __init__(self, seen: Round) -> None:
+        self.seen = seen
+        self.mixture = (
+            Mixture.of(seen.before, seen.after, seen.updates)
+            if seen.after is not None and seen.updates
+            else None
+        )
+        self.explanation = lru_cache(maxsize=4)(self._explain)
+        self.residual = lru_cache(maxsize=4)(self._residual)
+        self.raw = lru_cache(maxsize=4)(self._raw)
+
+    @property
+    def released(self) -> bool:
+        """Whether the weights changed."""
+        before, after = self.seen.before, self.seen.after
+        return after is not None and any(
+            not after[name].equal(before[name]) for name in before if name in after
+        )
+
+    @property
+    def tests(self) -> int:
+        """Tests of the mixture, beside those of the noise."""
+        return 0 if self.mixture is None else 2 + len(self.mixture.wide)
+
+    def _explain(self, level: float) -> Explanation:
+        if self.mixture is None:
+            raise ValueError(
+                "a mixture is explained by updates and the weights after them, got neither: give both"
+            )
+        rule = self.seen.weights.rule if self.seen.weights is not None else "uniform"
+        return explain(self.mixture, self.seen.updates, self.seen.clip, rule, level)
+
+    def _raw(self, level: float) -> tuple[str, ...]:
+        """Tensors whose change is explained only if they were not clipped with the rest."""
+        mixture, clip = self.mixture, self.seen.clip
+        if mixture is None or clip is None:
+            return ()
+        found = self.explanation(level)
+        if found.clipped == "not at all" or found.rule == "fitted":
+            return ()
+        clipped = mixture.left(found.weights, found.factors)
+        whole = mixture.left(found.weights, clip_factors(self.seen.updates, clip.norm, "not at all"))
+        std = self.seen.noise.std if self.seen.noise is not None else 0.0
+        names = []
+        for name, values in clipped.items():
+            slack = mixture.roundings * float(np.linalg.norm(mixture.spacing[name]))
+            allowed = slack + std * _chi(values.size, level)
+            if float(np.linalg.norm(values)) > allowed >= float(np.linalg.norm(whole[name])):
+                names.append(name)
+        return tuple(names)
+
+    def _residual(self, level: float) -> Residual | None:
+        """The noise of the aggregate, everything else taken off as far as it is explained."""
+        noise, mixture = self.seen.noise, self.mixture
+        if noise is None or self.seen.after is None:
+            return None
+        if mixture is None:
+            signal = self._bound()
+            change = {
+                name: vector(self.seen.after[name]) - vector(self.seen.before[name])
+                for name in self.seen.before
+                if self.seen.before[name].is_floating_point()
+            }
+            spacing = {n: np.abs(vector(self.seen.after[n])) * 1.2e-7 / noise.std for n in change}
+            return Residual({n: d / noise.std for n, d in change.items()}, spacing, signal / noise.std)
+        found, raw = self.explanation(level), self.raw(level)
+        left = mixture.left(found.weights, found.factors)
+        unclipped = mixture.left(
+            found.weights,
+            {name: np.ones(mixture.clients) for name in raw}
+            | {name: f for name, f in found.factors.items() if name not in raw},
+        )
+        parts = {name: (unclipped if name in raw else left)[name] / noise.std for name in left}
+        spacing = {name: values / noise.std for name, values in mixture.spacing.items()}
+        lost = found.test.rank if found.rule == "fitted" else 0
+        return Residual(parts, spacing, 0.0, mixture.roundings, lost)
+
+    def _bound(self) -> float:
+        """The longest noise-free change, as the claims have it; infinite if they do not say."""
+        noise, clip = self.seen.noise, self.seen.clip
+        if noise is not None and noise.signal is not None:
+            return noise.signal
+        any_clip = clip or next(
+            (c for c in self.seen.claims if isinstance(c, ClipNorm) and c.of == "update"), None
+        )
+        return any_clip.norm if any_clip is not None and any_clip.over == "all" else math.inf
+
+
+def _chi(size: int, level: float) -> float:
+    from scipy.stats import chi2
+
+    return math.sqrt(float(chi2.isf(level / 2, size)))
+
+
+def aggregate_checks(aggregate: Aggregate, scene: Scene) -> list[Check]:
+    """A check for every claim about the aggregate."""
+    seen = aggregate.seen
+    checks: list[Check] = []
+    for claim in seen.claims:
+        about_noise = isinstance(claim, (GaussianNoise, EpsilonClaim)) and claim.on == "aggregate"
+        about_server = isinstance(claim, Weights) or (isinstance(claim, ClipNorm) and claim.by == "server")
+        if isinstance(claim, AdaptiveClipping):
+            checks.append(_adaptive(claim, seen, scene))
+        elif not (about_noise or about_server):
+            continue
+        elif seen.after is None:
+            checks.append(scene.without_tests(claim, UNCHECKED, NO_AGGREGATE))
+        elif not aggregate.released and any(u.delta for u in seen.updates):
+            checks.append(scene.without_tests(claim, UNCHECKED, NO_RELEASE))
+        elif about_server and aggregate.mixture is None:
+            reason = "single updates are not seen; the server, which receives them, could check it"
+            checks.append(scene.without_tests(claim, UNCHECKED, reason))
+        elif isinstance(claim, Weights):
+            checks.append(_weights(claim, aggregate, scene))
+        elif isinstance(claim, ClipNorm):
+            checks.append(_clip(claim, aggregate, scene))
+        elif isinstance(claim, GaussianNoise):
+            checks.append(_noise(claim, aggregate, scene))
+        elif isinstance(claim, EpsilonClaim):
+            checks.append(_epsilon(claim, aggregate, scene))
+    return checks
+
+
+def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
+    mixture = aggregate.mixture
+    assert mixture is not None
+
+    def at(level: float) -> Finding:
+        found = aggregate.explanation(level)
+        test, claimed = found.test, mixture.weights(claim.rule)
+        other = mixture.weights("num-examples" if claim.rule == "uniform" else "uniform")
+        estimates, errors = test.fitted
+        largest = int(np.argmax(estimates)) if found.rule == "fitted" else int(np.argmax(found.weights))
+        identified = test.rank == mixture.clients
+        half = test.critical(level) * float(errors[largest]) if identified else math.inf
+        measured = float(estimates[largest]) if identified else float(found.weights[largest])
+        ends = (measured, measured - half, measured + half) if identified else (measured, None, None)
+        if found.rule != claim.rule:
+            how = (
+                f"the aggregate weights by {found.rule}, up to {found.weights.max():.4g} for one client "
+                f"instead of {claimed.max():.4g}"
+                if found.rule != "fitted"
+                else f"no weighting of the updates as {claim.rule} explains the aggregate"
+            )
+            return scene.finding(claim, VIOLATED, how, *ends)
+        if claim.cap is not None and float(claimed.max()) > claim.cap * (1 + 1e-9):
+            reason = f"one client weighs {claimed.max():.4g}"
+            return scene.finding(claim, VIOLATED, reason, *ends)
+        power = test.towards(other)[1]
+        if power > test.critical(level) or half <= float(claimed[largest]):
+            return scene.finding(claim, HOLDS, "no other weighting fits the aggregate better", *ends)
+        if np.allclose(other, claimed):
+            reason = "all clients state equally many examples, and the noise hides single weights"
+        else:
+            rule = "num-examples" if claim.rule == "uniform" else "uniform"
+            reason = f"the noise hides the difference to {rule} weights"
+        return scene.finding(
+            claim, UNCHECKED, f"{reason}; whoever knows the noise or sees more rounds could check it", *ends
+        )
+
+    return Check(aggregate.tests, at)
+
+
+def _clip(claim: ClipNorm, aggregate: Aggregate, scene: Scene) -> Check:
+    seen, mixture = aggregate.seen, aggregate.mixture
+    assert mixture is not None
+
+    def at(level: float) -> Finding:
+        found, raw = aggregate.explanation(level), aggregate.raw(level)
+        factors = dict(found.factors) | {name: np.ones(mixture.clients) for name in raw}
+        squared = [
+            np.square(mixture.updates[name] * factors[name][:, None]).sum(1) for name in mixture.updates
+        ]
+        entered = float(np.sqrt(np.sum(squared, axis=0)).max())
+        ends = (entered, None, claim.norm)
+        if raw:
+            reason = f"tensor {raw[0]!r} enters the aggregate unclipped ({len(raw)} such tensors)"
+            return scene.finding(claim, VIOLATED, reason, *ends)
+        claimed = "over all entries" if claim.over == "all" else "in each tensor"
+        if found.clipped != claimed and found.rule != "fitted":
+            return scene.finding(claim, VIOLATED, f"updates are clipped {found.clipped}", *ends)
+        if found.rule == "fitted":
+            return scene.finding(
+                claim,
+                VIOLATED,
+                "no mixture of updates clipped as claimed explains the aggregate",
+                None,
+                None,
+                claim.norm,
+            )
+        unclipped = clip_factors(seen.updates, claim.norm, "not at all")
+        if all(np.allclose(found.factors[name], 1.0) for name in found.factors):
+            return scene.finding(claim, HOLDS, "no update was long enough to be clipped", *ends)
+        if mixture.test(found.weights, unclipped).allowed(found.weights, level):
+            reason = "the noise hides whether updates were clipped; whoever knows the noise could check it"
+            return scene.finding(claim, UNCHECKED, reason, *ends)
+        return scene.finding(claim, HOLDS, "the aggregate is made of updates clipped as claimed", *ends)
+
+    return Check(0 if seen.weights is not None else aggregate.tests, at)
+
+
+def _noise(claim: GaussianNoise, aggregate: Aggregate, scene: Scene) -> Check:
+    seen = aggregate.seen
+    size = sum(1 for tensor in seen.before.values() if tensor.is_floating_point())
+    integers = [
+        name
+        for name, tensor in seen.before.items()
+        if seen.after is not None
+        and not tensor.is_floating_point()
+        and name in seen.after
+        and not seen.after[name].equal(tensor)
+    ]
+
+    def at(level: float) -> Finding:
+        residual = aggregate.residual(level)
+        assert residual is not None
+        others = "the server, which sees the single updates, could check it"
+        finding = noise_check(claim, residual, scene, others, blame_signal=not residual.exact).conclude(level)
+        if finding.verdict != VIOLATED and integers:
+            reason = f"integer entry {integers[0]!r} was released, and no Gaussian noise fits into it"
+            return scene.finding(claim, VIOLATED, reason, finding.measured, finding.low, finding.high)
+        return finding
+
+    return Check(2 * (size + 1) + 1, at)
+
+
+def _epsilon(claim: EpsilonClaim, aggregate: Aggregate, scene: Scene) -> Check:
+    def at(level: float) -> Finding:
+        residual = aggregate.residual(level)
+        sensitivity = 1.0
+        if aggregate.mixture is not None:
+            found = aggregate.explanation(level)
+            clipped = found.clipped == "over all entries" and not aggregate.raw(level)
+            unbounded = aggregate.seen.clip is not None and not clipped
+            sensitivity = math.inf if unbounded else float(found.weights.max()) * aggregate.mixture.clients
+        noise = None if residual is None else residual.noise_scale(level)
+        return epsilon_finding(claim, scene, noise, sensitivity)
+
+    return Check(0, at)
+
+
+def _adaptive(claim: AdaptiveClipping, seen: Round, scene: Scene) -> Check:
+    """The step of the clip norm against the share of updates within it."""
+    if seen.clip_norms is None or not seen.updates:
+        reason = "the clip norms of two rounds and the updates are needed; the server knows both"
+        return scene.without_tests(claim, UNCHECKED, reason)
+    now, following = seen.clip_norms
+    norms = np.array([float(np.linalg.norm(u.flat.double().numpy())) for u in seen.updates])
+    within = float((norms <= now).mean())
+    implied = claim.quantile - math.log(following / now) / claim.lr
+    unit = claim.count_std / len(norms)
+
+    def at(level: float) -> Finding:
+        from scipy.stats import norm
+
+        half = unit * float(norm.isf(level / 2)) + 1e-6
+        ends = (implied, implied - half, implied + half)
+        if abs(implied - within) <= half:
+            if abs(1 - 2 * within) <= 2 * half:
+                reason = "about half the updates are within the norm, so both directions look alike"
+                return scene.finding(claim, UNCHECKED, reason, *ends)
+            return scene.finding(claim, HOLDS, f"{within:.3g} of the updates are within the norm", *ends)
+        reason = f"the step is that of a share of {implied:.3g} within the norm, but {within:.3g} are"
+        if abs(implied - (1 - within)) <= half:
+            reason += ": the share of clipped updates took its place, so the norm moves the wrong way"
+        return scene.finding(claim, VIOLATED, reason, *ends)
+
+    return Check(1, at)
