@@ -1,8 +1,8 @@
 """What a defense claims to do, in words that can be tested, and what a test of one claim found.
 
 A claim says what leaves a client or the server: how long it can be, how much noise it holds, how it is
-mixed. It names no implementation, so that the same tests serve this project's defenses, Flower's wrappers and a
-description on paper. `fedaudit.verification` tests claims; it never reads the code of a defense.
+mixed. It names no implementation, so that the same tests serve this project's defenses, Flower's wrappers
+and a description on paper. `fedaudit.verification` tests claims; it never reads the code of a defense.
 """
 
 import math

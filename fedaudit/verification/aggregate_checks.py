@@ -22,7 +22,15 @@ from fedaudit.claims import (
 )
 from fedaudit.types import ClientUpdate
 from fedaudit.verification.checks import Check, Scene, noise_check
-from fedaudit.verification.mixing import Explanation, Mixture, clip_factors, explain
+from fedaudit.verification.memory import MixingEvidence
+from fedaudit.verification.mixing import (
+    Explanation,
+    Mixture,
+    claimed_clipping,
+    clip_factors,
+    explain,
+    leanings,
+)
 from fedaudit.verification.residuals import Residual, vector
 from fedaudit.verification.update_checks import epsilon_finding
 
@@ -69,8 +77,8 @@ class Round:
 class Aggregate:
     """A round's aggregate with its explanation, found once for all checks."""
 
-    def __init__(self, seen: Round) -> None:
-        self.seen = seen
+    def __init__(self, seen: Round, earlier: Mapping[str, MixingEvidence]) -> None:
+        self.seen, self.earlier = seen, dict(earlier)
         self.mixture = (
             Mixture.of(seen.before, seen.after, seen.updates)
             if seen.after is not None and seen.updates
@@ -89,17 +97,35 @@ class Aggregate:
         )
 
     @property
+    def rule(self) -> str:
+        """The claimed weights, or equal ones."""
+        return self.seen.weights.rule if self.seen.weights is not None else "uniform"
+
+    @property
+    def _norm(self) -> float:
+        return self.seen.clip.norm if self.seen.clip is not None else 1.0
+
+    @property
     def tests(self) -> int:
-        """Tests of the mixture, beside those of the noise."""
-        return 0 if self.mixture is None else 2 + len(self.mixture.wide)
+        """Tests of the mixture: whole, tensors, two directions in this round and in all; beside those of the noise."""
+        return 0 if self.mixture is None else 1 + 2 * 2 + len(self.mixture.wide)
 
     def _explain(self, level: float) -> Explanation:
         if self.mixture is None:
             raise ValueError(
                 "a mixture is explained by updates and the weights after them, got neither: give both"
             )
-        rule = self.seen.weights.rule if self.seen.weights is not None else "uniform"
-        return explain(self.mixture, self.seen.updates, self.seen.clip, rule, level)
+        return explain(self.mixture, self.seen.updates, self.seen.clip, self.rule, level, self.earlier)
+
+    def evidence(self, level: float) -> dict[str, MixingEvidence]:
+        """What all rounds so far say for each usual deviation from the claimed mixture."""
+        total = dict(self.earlier)
+        if self.mixture is not None and self.released:
+            test = self.explanation(level).test
+            claimed = clip_factors(self.seen.updates, self._norm, claimed_clipping(self.seen.clip))
+            for name, weights in leanings(self.mixture, self.seen.clip, self.rule, claimed).items():
+                total[name] = total.get(name, MixingEvidence()) + test.evidence(weights)
+        return total
 
     def _raw(self, level: float) -> tuple[str, ...]:
         """Tensors whose change is explained only if they were not clipped with the rest."""
@@ -207,8 +233,9 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
         measured = float(estimates[largest]) if identified else float(found.weights[largest])
         ends = (measured, measured - half, measured + half) if identified else (measured, None, None)
         if found.rule != claim.rule:
+            over = f" of {found.rounds} rounds" if found.rounds > 1 else ""
             how = (
-                f"the aggregate weights by {found.rule}, up to {found.weights.max():.4g} for one client "
+                f"the aggregate{over} weights by {found.rule}, up to {found.weights.max():.4g} for one client "
                 f"instead of {claimed.max():.4g}"
                 if found.rule != "fitted"
                 else f"no weighting of the updates as {claim.rule} explains the aggregate"
@@ -217,7 +244,8 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
         if claim.cap is not None and float(claimed.max()) > claim.cap * (1 + 1e-9):
             reason = f"one client weighs {claimed.max():.4g}"
             return scene.finding(claim, VIOLATED, reason, *ends)
-        power = test.towards(other)[1]
+        direction = "num-examples" if claim.rule == "uniform" else "uniform"
+        power = aggregate.evidence(level)[direction].information ** 0.5
         if power > test.critical(level) or half <= float(claimed[largest]):
             return scene.finding(claim, HOLDS, "no other weighting fits the aggregate better", *ends)
         if np.allclose(other, claimed):
@@ -259,15 +287,25 @@ def _clip(claim: ClipNorm, aggregate: Aggregate, scene: Scene) -> Check:
                 None,
                 claim.norm,
             )
-        unclipped = clip_factors(seen.updates, claim.norm, "not at all")
         if all(np.allclose(found.factors[name], 1.0) for name in found.factors):
             return scene.finding(claim, HOLDS, "no update was long enough to be clipped", *ends)
-        if mixture.test(found.weights, unclipped).allowed(found.weights, level):
+        if not _clipping_shows(aggregate, found, level):
             reason = "the noise hides whether updates were clipped; whoever knows the noise could check it"
             return scene.finding(claim, UNCHECKED, reason, *ends)
         return scene.finding(claim, HOLDS, "the aggregate is made of updates clipped as claimed", *ends)
 
     return Check(0 if seen.weights is not None else aggregate.tests, at)
+
+
+def _clipping_shows(aggregate: Aggregate, found: Explanation, level: float) -> bool:
+    """Whether unclipped updates would have been noticed, in this round or in all so far."""
+    mixture, clip = aggregate.mixture, aggregate.seen.clip
+    assert mixture is not None and clip is not None
+    if clip.over == "all":
+        gathered = aggregate.evidence(level)["not clipped"].information
+        return gathered**0.5 > found.test.critical(level)
+    raw = clip_factors(aggregate.seen.updates, clip.norm, "not at all")
+    return not mixture.test(found.weights, raw).fits(level)
 
 
 def _noise(claim: GaussianNoise, aggregate: Aggregate, scene: Scene) -> Check:

@@ -35,6 +35,32 @@ class Sample:
         return cls(round_number, client_id, {name: part[::step] for name, part in residual.parts.items()})
 
 
+@dataclass(frozen=True)
+class MixingEvidence:
+    """How far aggregates lean towards one deviation from the claimed mixture, added up over rounds.
+
+    Attributes:
+        score: sum of the residuals' inner products with the change that the deviation would make, over the
+            noise's variance; N(0, information) if the claim holds.
+        information: sum of that change's squared norms, over the same.
+        rounds: rounds added up.
+    """
+
+    score: float = 0.0
+    information: float = 0.0
+    rounds: int = 0
+
+    def __add__(self, other: "MixingEvidence") -> "MixingEvidence":
+        return MixingEvidence(
+            self.score + other.score, self.information + other.information, self.rounds + other.rounds
+        )
+
+    @property
+    def z(self) -> float:
+        """Standard normal if the claim holds, about sqrt(information) if the deviation does."""
+        return self.score / self.information**0.5 if self.information > 0 else 0.0
+
+
 @dataclass
 class NoiseMemory:
     """What `verify_round` keeps of earlier rounds; give every round of a run the same one.
@@ -43,11 +69,13 @@ class NoiseMemory:
         window: samples of each kind of release that are kept, newest first to stay.
         update: samples of updates.
         aggregate: samples of aggregates.
+        mixing: what rounds so far say for each usual deviation from the claimed mixture.
     """
 
     window: int = 400
     update: list[Sample] = field(default_factory=list)
     aggregate: list[Sample] = field(default_factory=list)
+    mixing: dict[str, MixingEvidence] = field(default_factory=dict)
 
     def keep(self, kind: str, samples: Sequence[Sample]) -> None:
         """Remember samples of a round."""
@@ -135,13 +163,13 @@ def compare_tensors(sample: Sample, level: float) -> Repetition | None:
     """
     names = list(sample.parts)
     worst: tuple[float, float, float, str] | None = None
-    blind = False
     pairs = prefix_pairs(list(sample.parts.values()), SMALLEST)
+    longest, blind = max((size for *_, size in pairs), default=0), False
     for i, j, size in pairs:
         x, y = sample.parts[names[i]][:size], sample.parts[names[j]][:size]
         ends = correlation_interval(np.asarray(x @ x), np.asarray(y @ y), np.asarray(x @ y), size, level)
         low, high = float(ends[0]), float(ends[1])
-        blind = blind or high >= 1
+        blind = blind or (size == longest and high >= 1)  # a short pair could never be seen
         away = max(low, -high)
         if worst is None or away > worst[0]:
             worst = (away, low, high, f"{names[i]!r} and {names[j]!r}")

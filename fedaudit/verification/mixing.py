@@ -9,7 +9,7 @@ and are the first to be handled differently.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -20,11 +20,14 @@ from torch import Tensor
 
 from fedaudit.claims import ClipNorm
 from fedaudit.types import ClientUpdate
+from fedaudit.verification.memory import MixingEvidence
 from fedaudit.verification.noise import Vector
 from fedaudit.verification.residuals import vector
 
 Clipped = Literal["not at all", "over all entries", "in each tensor"]
 Matrix = NDArray[np.float64]
+Leanings = dict[str, Vector]
+ALL_WAYS: tuple[Clipped, ...] = ("not at all", "in each tensor", "over all entries")
 _RANK = 1e-10
 
 
@@ -188,22 +191,12 @@ class MixTest:
             return 1.0
         return float(f.sf(self.inside / self.rank / self.variance, self.rank, free))
 
-    def allowed(self, other: Vector, level: float) -> bool:
-        """Whether no test of this hypothesis rejects it, each at `level`: see `tests`.
+    def fits(self, level: float) -> bool:
+        """Whether neither the whole nor a tensor by itself rejects the hypothesis, each at `level`.
 
-        The whole is tested against any other weights, and against `other` in particular; each tensor by
-        itself, because tensors may have been clipped apart.
+        Tensors are tested apart because they may have been clipped apart.
         """
-        return (
-            self.p_value > level
-            and abs(self.towards(other)[0]) <= self.critical(level)
-            and all(piece.p_value > level for piece in self.pieces.values())
-        )
-
-    @property
-    def tests(self) -> int:
-        """How many tests `allowed` makes."""
-        return 2 + len(self.pieces)
+        return self.p_value > level and all(piece.p_value > level for piece in self.pieces.values())
 
     def towards(self, other: Vector) -> tuple[float, float]:
         """t statistic of the residual in the direction of other weights, and what it would be under them."""
@@ -213,6 +206,11 @@ class MixTest:
         if length**2 <= self.slack:
             return 0.0, 0.0
         return float(shift @ self.inner) / length / sigma, length / sigma
+
+    def evidence(self, other: Vector) -> MixingEvidence:
+        """What this round says for other weights."""
+        statistic, length = self.towards(other)
+        return MixingEvidence(statistic * length, length**2, 1) if length else MixingEvidence()
 
     def critical(self, level: float) -> float:
         """Two-sided critical value of `towards` at a level."""
@@ -238,6 +236,7 @@ class Explanation:
         rule: what they are: "uniform", "num-examples" or "fitted".
         clipped: how the updates entered.
         factors: factor of each client and tensor.
+        rounds: rounds whose evidence was needed.
     """
 
     test: MixTest
@@ -245,6 +244,7 @@ class Explanation:
     rule: str
     clipped: Clipped
     factors: Mapping[str, Vector]
+    rounds: int = 1
 
 
 def claimed_clipping(clip: ClipNorm | None) -> Clipped:
@@ -254,12 +254,26 @@ def claimed_clipping(clip: ClipNorm | None) -> Clipped:
     return "over all entries" if clip.over == "all" else "in each tensor"
 
 
+def leanings(mixture: Mixture, clip: ClipNorm | None, rule: str, factors: Mapping[str, Vector]) -> Leanings:
+    """The usual deviations from a claim, each as the weights of the clipped updates that it comes to.
+
+    A direction that is named beforehand is tested with more power than the whole span, and its evidence
+    adds up over rounds: single rounds of well-noised aggregates cannot show how they were weighted.
+    """
+    other = "num-examples" if rule == "uniform" else "uniform"
+    found = {other: mixture.weights(other)}
+    if claimed_clipping(clip) == "over all entries":
+        found["not clipped"] = mixture.weights(rule) / next(iter(factors.values()))
+    return found
+
+
 def explain(
     mixture: Mixture,
     updates: Sequence[ClientUpdate],
     clip: ClipNorm | None,
     rule: str,
     level: float,
+    earlier: Mapping[str, MixingEvidence] | None = None,
 ) -> Explanation:
     """Find out how the updates entered; alternatives are tried only if the claimed mixture is rejected.
 
@@ -268,20 +282,41 @@ def explain(
         updates: the same updates, for their norms.
         clip: clipping by the server, if claimed.
         rule: the claimed rule of weights.
-        level: of each test of a hypothesis.
+        level: of each test of the claimed mixture.
+        earlier: what earlier rounds say for each of `leanings`.
     """
     claimed = claimed_clipping(clip)
     norm = clip.norm if clip is not None else 1.0
     ways: list[Clipped] = [claimed]
     if clip is not None:
-        ways += [w for w in ("not at all", "in each tensor", "over all entries") if w != claimed]
-    other = "num-examples" if rule == "uniform" else "uniform"
+        ways += [way for way in ALL_WAYS if way != claimed]
     factors = {way: clip_factors(updates, norm, way) for way in ways}
     first = mixture.test(mixture.weights(rule), factors[claimed])
+    lean = leanings(mixture, clip, rule, factors[claimed])
+    now = all(abs(first.towards(weights)[0]) <= first.critical(level) for weights in lean.values())
+    sums = {n: first.evidence(w) + (earlier or {}).get(n, MixingEvidence()) for n, w in lean.items()}
+    towards = max(sums, key=lambda name: sums[name].z)
+    if first.fits(level) and now and sums[towards].z <= _normal_limit(level):
+        return Explanation(first, first.weights, rule, claimed, factors[claimed])
+    other = "num-examples" if rule == "uniform" else "uniform"
+    candidates = []
     for way in ways:
         for name in (rule, other):
-            weights = mixture.weights(name)
-            test = mixture.test(weights, factors[way])
-            if test.allowed(mixture.weights(other if name == rule else rule), level):
-                return Explanation(first, weights, name, way, factors[way])
+            test = mixture.test(mixture.weights(name), factors[way])
+            if test.fits(level) and (way, name) != (claimed, rule):
+                found = Explanation(first, test.weights, name, way, factors[way])
+                candidates.append((test.p_value, found))
+    if sums[towards].z > _normal_limit(level):
+        way, name = (claimed, other) if towards == other else ("not at all", rule)
+        for _, found in candidates:
+            if (found.clipped, found.rule) == (way, name):
+                return replace(found, rounds=sums[towards].rounds)
+    if candidates:
+        return max(candidates, key=lambda pair: pair[0])[1]
     return Explanation(first, first.fitted[0], "fitted", claimed, factors[claimed])
+
+
+def _normal_limit(level: float) -> float:
+    from scipy.special import ndtri
+
+    return -float(ndtri(level))

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedaudit.verification.noise import (
     Vector,
     crowding_p_value,
+    exceeding,
     scale_interval,
     shape_p_value,
 )
@@ -83,17 +84,34 @@ class Residual:
 
     def whole_interval(self, level: float) -> tuple[float, float]:
         """Interval of the noise scale over all coordinates."""
-        size = max(1, self.size - self.lost)
-        return scale_interval(self.norm, size, level, signal=self.signal, slack=self.slack)
+        if level not in self._whole:
+            size = max(1, self.size - self.lost)
+            self._whole[level] = scale_interval(self.norm, size, level, signal=self.signal, slack=self.slack)
+        return self._whole[level]
 
     def tensor_intervals(self, level: float) -> dict[str, tuple[float, float]]:
-        """Interval of the noise scale in each tensor; the bound on the signal holds in each of them."""
-        return {
-            name: scale_interval(
-                self.norms[name], part.size, level, signal=self.signal, slack=self.slacks[name]
-            )
-            for name, part in self.parts.items()
-        }
+        """Interval of the noise scale in each tensor; the bound on the signal holds in each of them.
+
+        A lower end that does not exceed 1 is left at 0 if there is a signal: it would say little.
+        """
+        if level not in self._tensors:
+            self._tensors[level] = {name: self._interval(name, level) for name in self.parts}
+        return self._tensors[level]
+
+    def _interval(self, name: str, level: float) -> tuple[float, float]:
+        norm, size, slack = self.norms[name], self.parts[name].size, self.slacks[name]
+        signal = self.signal
+        if 0 < signal < math.inf and exceeding(max(0.0, norm - slack), size, signal) >= level / 2:
+            signal = math.inf
+        return scale_interval(norm, size, level, signal=signal, slack=slack)
+
+    @cached_property
+    def _whole(self) -> dict[float, tuple[float, float]]:
+        return {}
+
+    @cached_property
+    def _tensors(self) -> dict[float, dict[str, tuple[float, float]]]:
+        return {}
 
     def noise_scale(self, level: float) -> tuple[float, float]:
         """Interval of the scale of the least noised part: no tensor holds more noise than the upper end."""

@@ -97,7 +97,7 @@ def verify_round(
         if residual is not None and seen.noise is not None:
             residuals[update.client_id], noises[update.client_id] = residual, seen.noise
         checks += update_checks(seen, residual, scene.of(update.client_id))
-    whole = Aggregate(Round(claims, updates, before, aggregate, clip_norms))
+    whole = Aggregate(Round(claims, updates, before, aggregate, clip_norms), memory.mixing)
     checks += aggregate_checks(whole, scene)
     checks += _pooled(residuals, noises, scene)
     fresh = {cid: Sample.of(residual, number, cid) for cid, residual in residuals.items()}
@@ -108,6 +108,7 @@ def verify_round(
             checks.append(_independent_aggregate(claim, whole, memory.aggregate, scene))
     level = alpha / max(1, sum(check.tests for check in checks))
     findings = [check.conclude(level) for check in checks]
+    memory.mixing.update(whole.evidence(level))
     memory.keep("update", [fresh[cid] for cid, residual in residuals.items() if _noised(residual, level)])
     memory.keep("aggregate", [sample for sample in [_aggregate_sample(whole, scene, level)] if sample])
     return findings
