@@ -11,7 +11,7 @@ accounting rank_correlation claims
 measures attacks canaries defenses data models
 auditor audit_rows report training kept_files verification
 flower simulation
-app calibration cli watch __main__ __init__
+app calibration insight cli watch __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other

@@ -107,7 +107,7 @@ class Aggregate:
 
     @property
     def tests(self) -> int:
-        """Tests of the mixture: whole, tensors, two directions in this round and in all; beside those of the noise."""
+        """Tests of the mixture: whole, tensors, two directions in this round and over all rounds."""
         return 0 if self.mixture is None else 1 + 2 * 2 + len(self.mixture.wide)
 
     def _explain(self, level: float) -> Explanation:
@@ -234,12 +234,12 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
         ends = (measured, measured - half, measured + half) if identified else (measured, None, None)
         if found.rule != claim.rule:
             over = f" of {found.rounds} rounds" if found.rounds > 1 else ""
-            how = (
-                f"the aggregate{over} weights by {found.rule}, up to {found.weights.max():.4g} for one client "
-                f"instead of {claimed.max():.4g}"
-                if found.rule != "fitted"
-                else f"no weighting of the updates as {claim.rule} explains the aggregate"
-            )
+            how = f"no weighting of the updates as {claim.rule} explains the aggregate"
+            if found.rule != "fitted":
+                how = (
+                    f"the aggregate{over} weights by {found.rule}, up to {found.weights.max():.4g} for one "
+                    f"client instead of {claimed.max():.4g}"
+                )
             return scene.finding(claim, VIOLATED, how, *ends)
         if claim.cap is not None and float(claimed.max()) > claim.cap * (1 + 1e-9):
             reason = f"one client weighs {claimed.max():.4g}"
@@ -251,8 +251,7 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
         if np.allclose(other, claimed):
             reason = "all clients state equally many examples, and the noise hides single weights"
         else:
-            rule = "num-examples" if claim.rule == "uniform" else "uniform"
-            reason = f"the noise hides the difference to {rule} weights"
+            reason = f"the noise hides the difference to {direction} weights"
         return scene.finding(
             claim, UNCHECKED, f"{reason}; whoever knows the noise or sees more rounds could check it", *ends
         )
@@ -303,7 +302,7 @@ def _clipping_shows(aggregate: Aggregate, found: Explanation, level: float) -> b
     assert mixture is not None and clip is not None
     if clip.over == "all":
         gathered = aggregate.evidence(level)["not clipped"].information
-        return gathered**0.5 > found.test.critical(level)
+        return bool(gathered**0.5 > found.test.critical(level))
     raw = clip_factors(aggregate.seen.updates, clip.norm, "not at all")
     return not mixture.test(found.weights, raw).fits(level)
 

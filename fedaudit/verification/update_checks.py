@@ -265,7 +265,7 @@ def _sampling(claim: PoissonSampling, seen: Seen, scene: Scene) -> Check:
         expected = round(claim.sample_rate * seen.update.num_examples)
         noticed = _shuffled_p_value(expected, len(batches), seen.update.num_examples, claim.sample_rate)
         if noticed > level:
-            reason = f"{len(batches)} batches are too few to tell sampling from shuffling; more steps could"
+            reason = f"so few batches ({len(batches)}) do not tell sampling from shuffling; more steps could"
             return scene.finding(claim, UNCHECKED, reason, share)
         return scene.finding(claim, HOLDS, "sizes and uses vary as sampling makes them", share)
 
