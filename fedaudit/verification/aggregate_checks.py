@@ -218,6 +218,31 @@ def aggregate_checks(aggregate: Aggregate, scene: Scene) -> list[Check]:
     return checks
 
 
+OTHER = "more than a mixture of the updates and the claimed noise is in the aggregate"
+
+
+def _unexplained(aggregate: Aggregate, level: float) -> bool:
+    """Whether what is left is too large for the claimed noise: then the mixture is not understood."""
+    residual = aggregate.residual(level)
+    return residual is not None and residual.exact and residual.whole_interval(level)[0] > 1
+
+
+FOREIGN = "the aggregate holds something that is in no update, and no noise is claimed"
+
+
+def _foreign(aggregate: Aggregate, level: float) -> bool:
+    """Whether an aggregate without claimed noise is more than its updates, beyond rounding."""
+    mixture = aggregate.mixture
+    if mixture is None or aggregate.seen.noise is not None:
+        return False
+    found = aggregate.explanation(level)
+    left = mixture.left(found.weights, found.factors)
+    return any(
+        float(np.linalg.norm(values)) > mixture.roundings * float(np.linalg.norm(mixture.spacing[name]))
+        for name, values in left.items()
+    )
+
+
 def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
     mixture = aggregate.mixture
     assert mixture is not None
@@ -241,11 +266,15 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
                     f"client instead of {claimed.max():.4g}"
                 )
             return scene.finding(claim, VIOLATED, how, *ends)
+        if _foreign(aggregate, level):
+            return scene.finding(claim, VIOLATED, FOREIGN, *ends)
         if claim.cap is not None and float(claimed.max()) > claim.cap * (1 + 1e-9):
             reason = f"one client weighs {claimed.max():.4g}"
             return scene.finding(claim, VIOLATED, reason, *ends)
         direction = "num-examples" if claim.rule == "uniform" else "uniform"
         power = aggregate.evidence(level)[direction].information ** 0.5
+        if _unexplained(aggregate, level):
+            return scene.finding(claim, UNCHECKED, OTHER, *ends)
         if power > test.critical(level) or half <= float(claimed[largest]):
             return scene.finding(claim, HOLDS, "no other weighting fits the aggregate better", *ends)
         if np.allclose(other, claimed):
@@ -286,6 +315,8 @@ def _clip(claim: ClipNorm, aggregate: Aggregate, scene: Scene) -> Check:
                 None,
                 claim.norm,
             )
+        if _unexplained(aggregate, level):
+            return scene.finding(claim, UNCHECKED, OTHER, *ends)
         if all(np.allclose(found.factors[name], 1.0) for name in found.factors):
             return scene.finding(claim, HOLDS, "no update was long enough to be clipped", *ends)
         if not _clipping_shows(aggregate, found, level):

@@ -1,7 +1,9 @@
 """Claims that follow from a configuration: DP-SGD in the client, and Flower's privacy wrappers by name."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from fedaudit.claims import (
     AdaptiveClipping,
@@ -17,7 +19,7 @@ from fedaudit.claims import (
 from fedaudit.errors import ConfigError
 from fedaudit.spec import Spec, parse_spec
 from fedaudit.training import TrainSettings
-from fedaudit.types import StepRelease
+from fedaudit.types import ClientUpdate, StepRelease
 
 BATCH_TAIL = 1e-6
 """Probability that a round uses more examples than the bound on the signal counts."""
@@ -32,6 +34,15 @@ _FRESH_AGGREGATE: tuple[Claim, ...] = (
 )
 PREFIX = "DifferentialPrivacy"
 AVERAGES = ("FedAvg", "FedProx")
+
+
+@runtime_checkable
+class Claiming(Protocol):
+    """A defense that states itself what its updates keep; `recorded.verify_run` asks it for every update."""
+
+    def claims(self, update: ClientUpdate, settings: TrainSettings) -> Sequence[Claim]:
+        """The claims about this update."""
+        ...
 
 
 @dataclass(frozen=True)

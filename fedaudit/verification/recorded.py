@@ -29,7 +29,7 @@ from fedaudit.registry import DEFENSES
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
-from fedaudit.verification.derive import Unstated, step_claims, strategy_claims
+from fedaudit.verification.derive import Claiming, Unstated, step_claims, strategy_claims
 from fedaudit.verification.memory import NoiseMemory
 from fedaudit.verification.round import ALPHA, verify_round
 
@@ -175,6 +175,8 @@ def verify_run(
             release = recorded.release(defense, update.num_examples)
             steps = steps_per_round(update.num_examples, settings)
             claims, unstated = step_claims(release, settings, update.num_examples, steps)
+            if isinstance(defense, Claiming):
+                claims += defense.claims(update, settings)
             own[update.client_id] = [*claims, *_epsilon(update, release, steps, stated)]
             findings += [_unstated(part, update, observer) for part in unstated]
             if extra is not None:

@@ -32,7 +32,8 @@ from fedaudit.verification.noise import missing_p_value
 from fedaudit.verification.residuals import Residual
 from fedaudit.verification.update_checks import Seen, update_checks
 
-ALPHA = 0.01
+ALPHA = 0.001
+"""Probability of a false alarm in an honest round; 200 rounds then have at most 2 with probability 0.999."""
 
 
 def verify_round(
@@ -75,7 +76,7 @@ def verify_round(
     if not updates and broadcast is None:
         raise ValueError("a round is judged by updates or by a broadcast, got neither: give one of them")
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha}: 0.01 is one false alarm in 100 rounds")
+        raise ValueError(f"alpha must lie in (0, 1), got {alpha}: 0.001 is one false alarm in 1000 rounds")
     before = broadcast if broadcast is not None else updates[0].before
     number = updates[0].round if updates else 0
     scene = Scene(observer, number)

@@ -1,6 +1,7 @@
 """Rounds of a tiny federation made of tensors, honest unless a test plants a defect."""
 
 import math
+import zlib
 
 import torch
 
@@ -12,7 +13,7 @@ N, C, SIGMA = 5, 0.5, 1.0
 
 
 def generator(*numbers):
-    return torch.Generator().manual_seed(hash((17, *numbers)) % 2**63)
+    return torch.Generator().manual_seed(zlib.crc32(repr(numbers).encode()))
 
 
 def draw(source, std=1.0, dtype=torch.float64):

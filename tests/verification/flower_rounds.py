@@ -88,7 +88,6 @@ def run(strategy, app, *, rounds=2, seed=0, arrays=None, before_round=None):
         weights.append({name: tensor.clone() for name, tensor in to_state_dict(current).items()})
         if before_round is not None:
             before_round(number + 1)
-        return None
 
     random.seed(0)
     np.random.seed(seed)

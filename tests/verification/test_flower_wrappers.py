@@ -124,10 +124,10 @@ def test_arrays_are_paired_by_position_instead_of_by_name():
     seen, weights = f.run(f.fixed(0.05, 0.5), app, rounds=1, arrays=arrays)
     findings = verify_rounds(central_claims(0.5, 0.05, f.N), seen, weights)
     assert max(float(np.linalg.norm(u.flat)) for u in seen[1]) < 0.5  # nothing was there to be clipped
-    assert {ClipNorm, Weights} <= broken(findings)
-    assert (
-        "no mixture of updates clipped as claimed explains the aggregate" in of(findings, ClipNorm)[0].reason
-    )
+    (noise,) = of(findings, GaussianNoise)
+    assert noise.low > 500 * noise.claim.std  # 20 / 8 on every entry, where the noise has std 0.003
+    assert all("more than a mixture" in x.reason for x in of(findings, ClipNorm, UNCHECKED))
+    assert not of(findings, ClipNorm, HOLDS) and not of(findings, Weights, HOLDS)
 
 
 def test_weights_by_num_examples_exceed_the_assumed_sensitivity():
@@ -233,7 +233,7 @@ def test_the_formula_of_local_noise_is_not_valid_for_large_epsilon():
 def test_a_sensitivity_below_the_clip_norm_is_found():
     """Defect 10: sensitivity and clip norm are set apart, and nothing holds them together."""
     stated = of(local(clip_norm=2.0, sensitivity=1.0, epsilon=3.0), EpsilonClaim)
-    assert len(stated) == f.N and all(x.measured > 6 for x in stated)
+    assert len(stated) == f.N and all(x.measured > 5.6 for x in stated)
 
 
 def test_integers_under_local_noise_are_named():
@@ -246,4 +246,5 @@ def test_integers_under_local_noise_are_named():
     )
     assert int(weights[1]["steps"]) - int(weights[0]["steps"]) == 10  # the mean of exact counters
     findings = verify_rounds(local_dp_claims(1.0, 1.0, 5.0, 1e-5), seen, weights)
-    assert all("integer entries (steps)" in x.reason for x in findings if isinstance(x.claim, GaussianNoise) and x.client_id is not None)  # fmt: skip
+    single = [x for x in findings if isinstance(x.claim, GaussianNoise) and x.client_id is not None]
+    assert len(single) == f.N and all("integer entries (steps)" in x.reason for x in single)
