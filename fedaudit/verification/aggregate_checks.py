@@ -21,6 +21,7 @@ from fedaudit.claims import (
     Weights,
 )
 from fedaudit.types import ClientUpdate
+from fedaudit.verification.adaptive import adaptive_check
 from fedaudit.verification.checks import Check, Scene, noise_check
 from fedaudit.verification.memory import MixingEvidence
 from fedaudit.verification.mixing import (
@@ -197,7 +198,7 @@ def aggregate_checks(aggregate: Aggregate, scene: Scene) -> list[Check]:
         about_noise = isinstance(claim, (GaussianNoise, EpsilonClaim)) and claim.on == "aggregate"
         about_server = isinstance(claim, Weights) or (isinstance(claim, ClipNorm) and claim.by == "server")
         if isinstance(claim, AdaptiveClipping):
-            checks.append(_adaptive(claim, seen, scene))
+            checks.append(adaptive_check(claim, seen.updates, seen.clip_norms, scene))
         elif not (about_noise or about_server):
             continue
         elif seen.after is None:
@@ -376,32 +377,3 @@ def _epsilon(claim: EpsilonClaim, aggregate: Aggregate, scene: Scene) -> Check:
         return epsilon_finding(claim, scene, noise, sensitivity)
 
     return Check(0, at)
-
-
-def _adaptive(claim: AdaptiveClipping, seen: Round, scene: Scene) -> Check:
-    """The step of the clip norm against the share of updates within it."""
-    if seen.clip_norms is None or not seen.updates:
-        reason = "the clip norms of two rounds and the updates are needed; the server knows both"
-        return scene.without_tests(claim, UNCHECKED, reason)
-    now, following = seen.clip_norms
-    norms = np.array([float(np.linalg.norm(u.flat.double().numpy())) for u in seen.updates])
-    within = float((norms <= now).mean())
-    implied = claim.quantile - math.log(following / now) / claim.lr
-    unit = claim.count_std / len(norms)
-
-    def at(level: float) -> Finding:
-        from scipy.stats import norm
-
-        half = unit * float(norm.isf(level / 2)) + 1e-6
-        ends = (implied, implied - half, implied + half)
-        if abs(implied - within) <= half:
-            if abs(1 - 2 * within) <= 2 * half:
-                reason = "about half the updates are within the norm, so both directions look alike"
-                return scene.finding(claim, UNCHECKED, reason, *ends)
-            return scene.finding(claim, HOLDS, f"{within:.3g} of the updates are within the norm", *ends)
-        reason = f"the step is that of a share of {implied:.3g} within the norm, but {within:.3g} are"
-        if abs(implied - (1 - within)) <= half:
-            reason += ": the share of clipped updates took its place, so the norm moves the wrong way"
-        return scene.finding(claim, VIOLATED, reason, *ends)
-
-    return Check(1, at)

@@ -111,8 +111,6 @@ def central_round(number, defect=""):
     weights = [1 / f.N] * f.N
     if "num-examples" in defect:
         weights = [count / sum(examples) for count in examples]
-    if defect == "one client counts twice":
-        weights = [2 / (f.N + 1)] + [1 / (f.N + 1)] * (f.N - 1)
     std = {
         "no noise": 0.0,
         "half the noise": CENTRAL_STD / 2,
