@@ -1,6 +1,7 @@
-"""The command `fedaudit`: run, compare, calibrate, attack, diagnose, report, list.
+"""The command `fedaudit`: run, compare, calibrate, attack, diagnose, verify, report, list.
 
-Exit codes: 0 done, 1 a run failed, 2 bad input. Heavy imports wait until a command needs them.
+Exit codes: 0 done, 1 a run failed or a claim is violated, 2 bad input.
+Heavy imports wait until a command needs them.
 """
 
 import json
@@ -238,6 +239,40 @@ def report(
 
     folders = [folder for given in runs for folder in _run_folders(Path(given))]
     _finish([load_run(folder) for folder in folders], Path(output), as_json)
+
+
+@cli.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run that kept its updates")],
+    observer: Annotated[
+        Literal["server", "oracle"],
+        typer.Option("--observer", help="who looks; an oracle rebuilds the clients' data (simulation only)"),
+    ] = "server",
+    as_json: Json = False,
+) -> None:
+    """Test what a run's defense and strategy claim against what was received."""
+    from fedaudit.verification.recorded import verify_run
+    from fedaudit.verification.table import findings_frame, findings_table, outcome
+
+    if observer == "oracle":
+        from fedaudit.insight import insight
+
+        findings = verify_run(run, observer="oracle", insight=insight)
+    else:
+        findings = verify_run(run)
+    page = Path(run) / "verification.csv"
+    frame = findings_frame(findings)
+    frame.to_csv(page, index=False)
+    if as_json:
+        rows = json.loads(frame.to_json(orient="records"))
+        print(json.dumps({"findings": rows, **outcome(findings), "csv": str(page)}, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(findings_table(findings))
+        print(f"findings: {page}")
+    if outcome(findings)["violated"]:
+        raise typer.Exit(1)
 
 
 @cli.command("list")

@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = """\
 errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet __version__
-accounting rank_correlation
+accounting rank_correlation claims
 measures attacks canaries defenses data models
-auditor audit_rows report training kept_files
+auditor audit_rows report training kept_files verification
 flower simulation
-app calibration offline_attacks cli watch __main__ __init__
+app calibration offline_attacks insight cli watch __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other

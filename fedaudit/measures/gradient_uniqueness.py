@@ -296,34 +296,66 @@ class ExampleGradientUniqueness:
 
     def __call__(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> list[Estimate]:
         """One mean uniqueness per update, in order."""
-        if ctx.evidence is None or ctx.build_model is None or ctx.loss is None:
-            raise ValueError(
-                f"{self.name} needs evidence, build_model and loss, got a context without: give all"
-            )
+        model = self._model(ctx)
+        estimates = []
+        for update in updates:
+            evidence = self._evidence(update, ctx)
+            chosen = _subset(len(evidence.x), self.examples, ctx.seed, update.client_id)
+            estimates.append(self._estimate(self._gram(model, update, evidence, chosen, ctx), evidence))
+        return estimates
+
+    def per_example(self, update: ClientUpdate, ctx: RoundContext) -> Tensor:
+        """GNQ of each of the client's own examples (n,) among all of them."""
+        evidence = self._evidence(update, ctx)
+        every = torch.arange(len(evidence.x))
+        gram = self._gram(self._model(ctx), update, evidence, every, ctx)
+        return _uniqueness_or_zero(gram, self._ridge(gram, evidence.release)[0])
+
+    def _model(self, ctx: RoundContext) -> nn.Module:
+        if ctx.build_model is None:
+            raise ValueError(f"{self.name} needs the model, got a context without: give build_model")
         model = ctx.build_model().to(ctx.device)
         model.train()
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
-        estimates = []
-        for update in updates:
-            model.load_state_dict(dict(update.before))
-            evidence = ctx.evidence(update)
-            chosen = _subset(len(evidence.x), self.examples, ctx.seed, update.client_id)
-            x, y = evidence.x[chosen].to(ctx.device), evidence.y[chosen].to(ctx.device)
-            gram = example_gram(model, ctx.loss, x, y, chunk=self.chunk)
-            estimates.append(self._estimate(gram, evidence))
-        return estimates
+        return model
+
+    def _evidence(self, update: ClientUpdate, ctx: RoundContext) -> LocalEvidence:
+        if ctx.evidence is None:
+            raise ValueError(
+                f"{self.name} needs the client's own examples, got a context without: give evidence"
+            )
+        return ctx.evidence(update)
+
+    def _gram(
+        self,
+        model: nn.Module,
+        update: ClientUpdate,
+        evidence: LocalEvidence,
+        chosen: Tensor,
+        ctx: RoundContext,
+    ) -> Tensor:
+        """Inner products of the chosen examples' gradients at the broadcast weights, clipped as released."""
+        if ctx.loss is None:
+            raise ValueError(f"{self.name} needs the loss, got a context without: give loss")
+        model.load_state_dict(dict(update.before))
+        x, y = evidence.x[chosen].to(ctx.device), evidence.y[chosen].to(ctx.device)
+        gram = example_gram(model, ctx.loss, x, y, chunk=self.chunk)
+        clip_norm = evidence.release.clip_norm
+        return gram if clip_norm is None else clip_gram(gram, clip_norm)
+
+    def _ridge(self, gram: Tensor, release: StepRelease) -> tuple[float, str]:
+        """The ridge and the rule it follows."""
+        prior = _prior(release)
+        if release.noise_std > 0:
+            return release.noise_std**2 / (prior * (1 - prior)), "noise variance / (p (1 - p))"
+        return relative_ridge(gram, self.ridge_share), f"{self.ridge_share:g} * trace / B"
 
     def _estimate(self, gram: Tensor, evidence: LocalEvidence) -> Estimate:
         release = evidence.release
-        if release.clip_norm is not None:
-            gram = clip_gram(gram, release.clip_norm)
         prior = _prior(release)
-        if release.noise_std > 0:
-            ridge, rule = release.noise_std**2 / (prior * (1 - prior)), "noise variance / (p (1 - p))"
-        else:
-            ridge, rule = relative_ridge(gram, self.ridge_share), f"{self.ridge_share:g} * trace / B"
+        ridge, rule = self._ridge(gram, release)
         gnq = _uniqueness_or_zero(gram, ridge)
         bound = membership_bound(gnq, prior)
         return Estimate(
