@@ -237,6 +237,7 @@ class Auditor:
             evidence=None,
             guarantee=lambda update: self._guarantees.get(update.client_id),
             num_updates=len(updates),
+            shared={},
         )
         contexts: dict[Observer, RoundContext] = {"server": server}
         if "oracle" in self.observers and self.oracle is not None:

@@ -1,10 +1,10 @@
 """The values that travel between client, server, measures, attacks and records."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,7 @@ class RoundContext:
         seed: seed of everything random the observer does in this round.
         device: where to compute.
         num_updates: valid updates in this round.
+        shared: what measures of this round computed for one another, by name; not an input.
     """
 
     round: int
@@ -152,6 +153,7 @@ class RoundContext:
     seed: int = 0
     device: str = "cpu"
     num_updates: int = 0
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def steps(self, update: ClientUpdate) -> int | None:
         """Optimiser steps this client took, as agreed; None if unknown."""

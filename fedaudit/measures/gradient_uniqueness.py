@@ -13,19 +13,17 @@ where the leverage is close to 1 and needs no clamp.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedaudit.measures.cohort import BLOCK, parameter_blocks
+from fedaudit.measures.cohort import BLOCK, shared_gram
 from fedaudit.measures.ghost_kernels import clip_gram, example_gram
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Estimate, LocalEvidence, Observer, RoundContext, StepRelease
-
-_ROWS = 64  # rows of the cohort multiplied at a time: only the lower triangle is computed
 
 
 def gradient_uniqueness(gram: Tensor, ridge: float) -> Tensor:
@@ -175,35 +173,6 @@ def membership_bound(gnq: Tensor, sample_rate: float) -> Tensor:
     return (gnq.double().log1p() / 2).clamp(max=entropy)
 
 
-def cohort_gram(deltas: Sequence[Mapping[str, Tensor]], *, elements: int = BLOCK) -> Tensor:
-    """Inner products (N, N) of N updates, float64, accumulated over blocks of parameters.
-
-    Memory beside the updates is about 1.5 blocks (13 MB by default), whatever N and P are.
-
-    Args:
-        deltas: N updates by parameter name.
-        elements: numbers in one block (N, c) of parameters.
-
-    Returns:
-        K (N, N), float64, symmetric.
-
-    Raises:
-        ValueError: if there is no update, or names or shapes differ.
-
-    >>> cohort_gram([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 2.0])}]).tolist()
-    [[1.0, 1.0], [1.0, 5.0]]
-    """
-    N = len(deltas)
-    lower: list[Tensor] = []
-    for block in parameter_blocks(deltas, elements):
-        if not lower:
-            lower = [block.new_zeros(min(_ROWS, N - top), min(top + _ROWS, N)) for top in range(0, N, _ROWS)]
-        for top, part in zip(range(0, N, _ROWS), lower, strict=True):
-            part.addmm_(block[top : top + _ROWS], block[: top + _ROWS].T)
-    gram = torch.cat([nn.functional.pad(part, (0, N - part.shape[1])) for part in lower]).tril()
-    return gram + gram.tril(-1).T
-
-
 @dataclass
 class CohortGradientUniqueness:
     """How far a client's update stands out of the round's cohort: GNQ of the updates (server; exact).
@@ -238,7 +207,7 @@ class CohortGradientUniqueness:
         """One uniqueness per update, in order; 0 for all if all updates are zero."""
         if not updates:
             return []
-        gram = cohort_gram([update.delta for update in updates])
+        gram = shared_gram(updates, ctx)
         ridge = relative_ridge(gram, self.ridge_share)
         gnq = _uniqueness_or_zero(gram, ridge)
         rule = f"{self.ridge_share:g} * trace / N"

@@ -45,6 +45,8 @@ def disclosed_by_client(records: pd.DataFrame, local_steps: int | None = None) -
     trained = records[records["round"] >= 1]
     rows = trained[(trained["quantity"] == QUANTITY) & (trained["status"] == "ok")]
     extras = parse_extras(rows["extra"])
+    bounded = {text for text, extra in extras.items() if {"bound-nats", "bound-nats-max"} <= extra.keys()}
+    rows = rows[rows["extra"].isin(bounded)]
     found = []
     for (run_id, observer, client), own in rows.groupby(["run_id", "observer", "client_id"]):
         of_run = trained[trained["run_id"] == run_id]

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from scipy.integrate import quad
 from torch import nn
 
-from fedaudit.measures.cohort import parameter_blocks
+from fedaudit.measures.cohort import cohort_gram, parameter_blocks
 from fedaudit.measures.ghost_kernels import example_gradients
 from fedaudit.measures.gradient_uniqueness import (
     CohortGradientUniqueness,
     ExampleGradientUniqueness,
-    cohort_gram,
     diagonal_gradient_uniqueness,
     gradient_uniqueness,
     membership_bound,
@@ -486,7 +485,7 @@ def test_models_with_batch_norm_are_refused_with_the_reason():
 
 
 def test_example_measure_without_evidence_says_what_is_missing():
-    with pytest.raises(ValueError, match="needs evidence, build_model and loss"):
+    with pytest.raises(ValueError, match="needs the model, got a context without"):
         ExampleGradientUniqueness()([], RoundContext(1))
 
 
