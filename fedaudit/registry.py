@@ -162,6 +162,10 @@ MEASURES = Registry(
             "cosine of a client's update to the mean of the cohort",
             "fedaudit.measures.norms:UpdateCosine",
         ),
+        "privacy-tokens": (
+            "nats by which an embedded gradient tells its batch from others",
+            "fedaudit.measures.privacy_tokens:PrivacyTokens",
+        ),
     },
 )
 ATTACKS = Registry(
