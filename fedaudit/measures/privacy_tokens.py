@@ -19,7 +19,7 @@ from fedaudit.measures.mi_bounds import (
     permutation_p_value,
     top1_accuracy,
 )
-from fedaudit.measures.token_critic import EXTRACTOR_LR, LR, TokenCritic, Trained, train_and_validate
+from fedaudit.measures.token_critic import EXTRACTOR_LR, LR, SHARE, TokenCritic, Trained, train_and_validate
 from fedaudit.measures.token_networks import HIDDEN, LATENT, Extractor, training_bytes
 from fedaudit.measures.token_pairs import TokenPairs, draw_batches, one_party, standardised
 from fedaudit.measures.watched_gradients import LayerVectors, feature_module, watched_layers
@@ -110,7 +110,7 @@ class PrivacyTokens:
     local_steps: int = 0
     lr: float = LR
     extractor_lr: float = EXTRACTOR_LR
-    share: float = 0.1
+    share: float = SHARE
     hidden: int = HIDDEN
     latent: int = LATENT
     permutations: int = 999
@@ -305,11 +305,10 @@ class _Round:
             latent=options.latent,
             lr=options.lr,
             extractor_lr=options.extractor_lr,
-            share=options.share,
             device=self.ctx.device,
         )
         train, validation, _ = zip(*parties, strict=True)
-        return train_and_validate(critic, train, validation, options.steps, draws)
+        return train_and_validate(critic, train, validation, options.steps, draws, options.share)
 
     def _evaluate(self, trained: Trained, party: _Party, parts: Parts, extra: Extra) -> Estimate:
         options, release = self.options, party.training.release
@@ -348,7 +347,7 @@ class _Round:
         network = training_bytes(
             features, self.vectors.widths, options.extractor, options.hidden, options.latent
         )
-        pairs = min(len(self.parties), _GROUP) * (options.batches + 2 * options.candidates)
+        pairs = min(len(self.parties), _GROUP) * 2 * (options.batches + options.candidates)
         held = 4 * pairs * sum(self.vectors.widths)
         if network + held > BUDGET:
             raise ValueError(

@@ -18,7 +18,7 @@ from fedaudit.measures.token_networks import EMBEDDING, HIDDEN, LATENT, Extracto
 from fedaudit.measures.token_pairs import TokenPairs, join_pairs, mismatched
 
 MOST_PAIRS = 64  # matched pairs, and as many mismatched ones, in one step
-LR, EXTRACTOR_LR = 1e-4, 1e-5
+LR, EXTRACTOR_LR, SHARE = 1e-4, 1e-5, 0.1
 _BLOCK = 2**22  # entries of the head's input at a time
 _SHUFFLE = 20  # steps after which gradients are shuffled anew and validation pairs looked at
 _TEMPERATURES = 2.0 ** torch.arange(-6, 13)
@@ -75,7 +75,7 @@ class TokenCritic:
     """A critic that can be trained over sub-epochs and evaluated at any time.
 
     Adam with learning rate `extractor_lr` on the gradient's feature extractor and `lr` on the rest; each step
-    takes `share` of the matched and as many of the mismatched pairs, at most 64 of each; the loss is -E_pos +
+    takes a tenth of the matched and as many of the mismatched pairs, at most 64 of each; the loss is -E_pos +
     ln E_neg, plus the reconstruction error of an autoencoder on the gradients of the step's matched pairs.
 
     Args:
@@ -87,7 +87,6 @@ class TokenCritic:
         latent: width of the autoencoder's token.
         lr: learning rate of everything but the extractor.
         extractor_lr: learning rate of the extractor.
-        share: share of the pairs in one step.
         device: where to compute.
     """
 
@@ -102,7 +101,6 @@ class TokenCritic:
         latent: int = LATENT,
         lr: float = LR,
         extractor_lr: float = EXTRACTOR_LR,
-        share: float = 0.1,
         device: str | torch.device = "cpu",
     ) -> None:
         network = build_network(features, widths, extractor, generator, hidden=hidden, latent=latent)
@@ -113,23 +111,23 @@ class TokenCritic:
         self._optimiser = torch.optim.Adam(
             [{"params": slow, "lr": extractor_lr}, {"params": fast, "lr": lr}], fused=True
         )
-        self._share = share
         self.steps = 0
 
-    def fit(self, pairs: TokenPairs, steps: int, generator: torch.Generator) -> None:
+    def fit(self, pairs: TokenPairs, steps: int, generator: torch.Generator, share: float = SHARE) -> None:
         """One sub-epoch: shuffle the gradients to mismatched pairs once, then `steps` steps.
 
         Args:
             pairs: the matched pairs D_pos.
             steps: N_MINE.
             generator: source of shuffles, step batches and dropout, on the CPU.
+            share: share of the pairs in one step.
 
         Raises:
             ValueError: if a group of pairs has less than two.
         """
         device = pairs.members.device
         (partner,) = mismatched(pairs.groups, generator)
-        size = min(MOST_PAIRS, max(1, round(self._share * len(pairs))))
+        size = min(MOST_PAIRS, max(1, round(share * len(pairs))))
         weights = pairs.weights
         network = self.network.train()
         for _ in range(steps):
@@ -219,6 +217,7 @@ def train_and_validate(
     validation: Sequence[TokenPairs],
     steps: int,
     generator: torch.Generator,
+    share: float = SHARE,
 ) -> Trained:
     """Train on all parties' pairs, shuffling anew every 20 steps, and keep what does best on others.
 
@@ -228,13 +227,14 @@ def train_and_validate(
         validation: pairs of other examples of the same parties.
         steps: further steps.
         generator: source of shuffles, step batches and dropout, on the CPU.
+        share: share of the pairs in one step.
     """
     pairs = join_pairs(train)
     until = critic.steps + steps
     value, temperature = _best_infonce(critic, validation)
     best, step = critic.state(), critic.steps
     while critic.steps < until:
-        critic.fit(pairs, min(_SHUFFLE, until - critic.steps), generator)
+        critic.fit(pairs, min(_SHUFFLE, until - critic.steps), generator, share)
         now, factor = _best_infonce(critic, validation)
         if now > value:
             value, temperature, best, step = now, factor, critic.state(), critic.steps
