@@ -13,10 +13,12 @@ from fedaudit.report.style import OKABE_ITO, new_figure, style_figure
 
 FIGURES = Path(__file__).parent / "figures"
 EXTRACTORS = ("autoencoder", "transformer")
+PLAIN = {"displayModeBar": False}
 CURVES = {
     "continued": ("continued critic, after its training there", "solid", "circle"),
     "before": ("continued critic, before its training there", "dot", "circle-open"),
     "frozen": ("continued critic, model frozen at initialisation", "dash", "square"),
+    "unrelated": ("continued critic, unrelated pairs", "dash", "square-open"),
     "final": ("critic after the last checkpoint", "dashdot", "diamond"),
     "fresh": ("fresh critic per checkpoint", "longdash", "triangle-up"),
 }
@@ -69,18 +71,26 @@ def draw(cases: Sequence[Mapping[str, Any]], candidates: int, chromium: str | No
     figure.update_layout(width=1180, margin={"t": 96, "r": 60}, legend={"orientation": "h"})
     for line, text in enumerate(("Difference, autoencoder", "Difference, transformer", "InfoNCE"), 1):
         figure.update_yaxes(title_text=text, row=line, col=1, secondary_y=False)
-    figure.update_yaxes(
-        range=[0, 1.02], showgrid=False, title_text="Test accuracy", row=3, col=columns, secondary_y=True
-    )
+    for column in range(1, columns + 1):
+        title = "Test accuracy" if column == columns else ""
+        figure.update_yaxes(
+            range=[0, 1.02], dtick=0.25, showgrid=False, title_text=title, row=3, col=column, secondary_y=True
+        )
     FIGURES.mkdir(exist_ok=True)
     page = FIGURES / "privacy_tokens.html"
-    offline.plot(figure, filename=str(page), auto_open=False, include_plotlyjs="cdn")
+    offline.plot(figure, filename=str(page), auto_open=False, include_plotlyjs="cdn", config=PLAIN)
     if chromium:
         picture = page.with_suffix(".png")
         with tempfile.TemporaryDirectory() as folder:
             whole = Path(folder) / "figure.html"  # with the script inside: no network
-            offline.plot(figure, filename=str(whole), auto_open=False, include_plotlyjs=True)
-            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,940"]
+            offline.plot(figure, filename=str(whole), auto_open=False, include_plotlyjs=True, config=PLAIN)
+            flags = [
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--window-size=1200,910",
+            ]
             command = [
                 chromium,
                 *flags,
