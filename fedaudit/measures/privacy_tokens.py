@@ -64,6 +64,8 @@ class PrivacyTokens:
     It is not what an attack can reconstruct and no upper bound: a critic that learned little gives a low
     value. The paper's difference is no mutual information; it grows with the critic's training, so values
     of critics trained for different numbers of steps cannot be compared. It is about one example of a batch.
+    p-value and interval cover the chance of which held-out batches were drawn, given the examples: batches
+    share a few dozen of them, and a chance relation among those counts as dependence.
 
     Client and oracle: the batch is one local batch, its gradient what ONE step at the broadcast weights
     releases for it, clipped and noised as the release says; later steps are not covered. Server: pairs of
