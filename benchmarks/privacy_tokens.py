@@ -356,7 +356,8 @@ def summary(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
         "With the model frozen at initialisation the continued critic's difference is larger at the end than "
         f"at first in {sum(v[-1] > v[0] for v in frozen)} of {len(frozen)} combinations, where "
         "only the critic was trained.",
-        f"On unrelated pairs it stays within {max(unrelated):.3f} of 0.",
+        "On unrelated pairs, where there is nothing to find, the continued critic's difference on its own "
+        f"batches is up to {max(unrelated):.3f} from 0: memory of these batches.",
         f"Held-out InfoNCE of fresh critics is lower at the last checkpoint than at initialisation in "
         f"{sum(v[-1] < v[0] for v in infonce)} of {n} combinations.",
     ]
