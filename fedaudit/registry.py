@@ -182,6 +182,10 @@ MEASURES = Registry(
             "nats a probe finds in each layer's gradient about a latent attribute",
             "fedaudit.measures.usable_information:usable_attribute",
         ),
+        "privacy-tokens": (
+            "nats by which an embedded gradient tells its batch from others",
+            "fedaudit.measures.privacy_tokens:PrivacyTokens",
+        ),
     },
 )
 ATTACKS = Registry(

@@ -137,7 +137,6 @@ _KNOWN = (
         "leakage",
         "mean",
         -1,
-        False,
         meaning="Held-out InfoNCE, in nats, of a critic that sees a learnt summary of the gradient (the "
         "privacy token) and the model's own activations for the batch.",
         limits="Not an upper bound, at most ln K, and not the published statistic, which is the "
@@ -149,7 +148,6 @@ _KNOWN = (
         "leakage",
         "mean",
         -1,
-        False,
         meaning="Nats by which a stated family of decoders narrows down an example's pixels when it sees the "
         "released gradient, on held-out examples.",
         limits="Relative to the decoders: another family, or an attack that optimises, may find more. "
@@ -161,7 +159,6 @@ _KNOWN = (
         "leakage",
         "mean",
         -1,
-        False,
         meaning="Nats a probe gains about a latent attribute of an example from its released gradient, on "
         "held-out examples; at most the attribute's entropy.",
         limits="Relative to the probe, and noisy with few examples. Negative values mean worse than "
@@ -173,7 +170,6 @@ _KNOWN = (
         "leakage",
         "mean",
         -1,
-        False,
         meaning="Angle in radians between the main directions of gradients with and without a latent "
         "attribute, minus that between random halves with the same attribute.",
         limits="Read it against the null's spread under the settings: within it, nothing was found.",
@@ -184,7 +180,6 @@ _KNOWN = (
         "leakage",
         "mean",
         0,
-        False,
         meaning="How much the gradient of an example changes, relative to itself, when the example does.",
         limits="Of the unprotected gradient: clipping and noise do not enter. A large value does not say "
         "that an inversion succeeds.",
@@ -195,7 +190,6 @@ _KNOWN = (
         "leakage",
         "mean",
         0,
-        False,
         meaning="Second derivative of the loss by the input (see the variant under the settings), a proxy "
         "for how strongly examples are memorised.",
         limits="A ranking within one task; no absolute scale, no bound. Beside an example-level guarantee "

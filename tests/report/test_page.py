@@ -121,7 +121,9 @@ def test_layers_have_a_map_of_their_own_and_no_place_among_the_whole(tmp_path: P
 def test_disclosure_is_added_up_over_rounds_and_says_why_it_is_no_bound(tmp_path: Path):
     extra = json.dumps({"bound-nats": 0.1, "bound-nats-max": 0.5, "ridge-rule": "0.01 * trace / B"})
     rows = [
-        record("r", "none", r, "example-gradient-uniqueness", 0.5, client_id=3, observer="oracle", extra=extra)
+        record(
+            "r", "none", r, "example-gradient-uniqueness", 0.5, client_id=3, observer="oracle", extra=extra
+        )
         for r in (1, 2)
     ]
     parsed = Page(render([write_run(tmp_path, "r", "none", 0, rows, config={"train.local-steps": 1})]))
