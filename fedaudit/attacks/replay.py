@@ -117,24 +117,24 @@ def layer_slopes(seen: Intercepted, name: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def labels_by_slopes(seen: Intercepted, name: str, x: Tensor, slopes: Tensor) -> Tensor:
-    """The labels (B,) whose gradient at a module's output points closest to the slopes an attack found.
+    """The labels (B,) whose gradient at a module's output is closest to the slopes an attack found.
 
     For each example and class the gradient of the loss with respect to the module's output is computed at the
-    broadcast weights; the class of the largest cosine wins. Exact for exact `x` and `slopes` of one step, as
-    long as no two classes give parallel gradients.
+    broadcast weights. Exact for exact `x` and `slopes` of one step, as long as no two classes give the
+    same gradient there.
 
     Args:
         seen: the intercepted update.
         name: the module.
         x: recovered inputs (B, *input_shape).
-        slopes: recovered gradient at the module's output (B, *output_shape), any positive scale.
+        slopes: recovered gradient of each example's own loss at the module's output (B, *output_shape).
     """
-    cosines = []
+    distances = []
     for label in range(seen.num_classes):
         y = torch.full((len(x),), label, device=x.device)
-        guess = layer_slopes(seen, name, x, y).flatten(1)
-        cosines.append(torch.nn.functional.cosine_similarity(guess, slopes.flatten(1), eps=1e-300))
-    return torch.stack(cosines).argmax(dim=0)
+        guess = layer_slopes(seen, name, x, y)
+        distances.append((guess - slopes.reshape(guess.shape)).flatten(1).norm(dim=1))
+    return torch.stack(distances).argmin(dim=0)
 
 
 def gradient_residual(seen: Intercepted, x: Tensor, y: Tensor) -> float:
