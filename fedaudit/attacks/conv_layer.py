@@ -155,7 +155,7 @@ def solve(matrix: Tensor, right: Tensor, middle: float, width: float) -> Solved:
 def _invert(activation: nn.Module, h: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     """Pre-activation, slope there, relative error of that slope, and the share of values out of range."""
     if isinstance(activation, nn.LeakyReLU):
-        slope = torch.where(h >= 0, 1.0, activation.negative_slope).to(h)
+        slope = torch.where(h >= 0, torch.ones_like(h), torch.full_like(h, activation.negative_slope))
         return h / slope, slope, (h.abs() < 2 * error).to(h), 0.0  # the sign may be wrong there
     low = 0.0 if isinstance(activation, nn.Sigmoid) else -1.0
     margin = (error / 2).clamp(1e-15, 0.1)

@@ -96,7 +96,8 @@ def imprint(
 
     The statistic is the mean of an input's values, and the pattern is random signs.
 
-    Source: Fowl, Geiping, Czaja, Goldblum, Goldstein 2021, arXiv 2110.13057; `ImprintBlock` says what differs.
+    Source: Fowl, Geiping, Czaja, Goldblum, Goldstein 2021, arXiv 2110.13057. `ImprintBlock` says what
+    differs.
 
     Args:
         model: takes inputs (B, *input_shape); used, not copied.

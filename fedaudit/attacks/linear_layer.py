@@ -95,7 +95,9 @@ def row_ratios(
     eps = torch.finfo(weight_gradient.dtype).eps
     largest = weight_gradient.abs().amax(dim=1)
     noise = torch.hypot(largest * eps * 4 + weight_noise, largest / size * (bias_noise + 4 * eps * size))
-    errors = torch.where(size > _SIGMAS * bias_noise, noise / size, torch.inf).nan_to_num(nan=torch.inf)
+    errors = torch.where(size > _SIGMAS * bias_noise, noise / size, torch.inf).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
     readable = (errors < math.inf) & (_SIGMAS * errors <= coarsest)
     if not bool(readable.any()):
         raise ValueError("no row of the layer's gradient stands above its noise: nothing can be read off it")
@@ -154,8 +156,8 @@ class LinearLayer:
     Exact for one example. For a batch the attack returns at most B candidates, best first: those that
     several rows agree on and that lie in the value range, then others in the range, then the rest; see
     `row_ratios` for what agreement can and cannot know. Needs units that only some examples reach (ReLU):
-    with smooth activations every row is a mixture of the whole batch. The objective is the squared share of the
-    layer's gradient that the candidates leave unexplained; "relative-objective" is that of the whole
+    with smooth activations every row is a mixture of the whole batch. The objective is the squared share of
+    the layer's gradient that the candidates leave unexplained; "relative-objective" is that of the whole
     gradient for candidates and labels. Several local steps mix more examples; the rule stays the same.
 
     Source: as `invert_linear`; mixtures of rows: Boenisch et al. 2021, arXiv 2112.02918.

@@ -64,14 +64,15 @@ def separate(
     *,
     noise: float = 0.0,
     tau: float = 0.1,
+    mismatch: float = 0.01,
     submatrices: int = 100_000,
     deadline: float = math.inf,
 ) -> Separation:
     """The inputs and output gradients of each example of a batch behind the gradient of a layer z = W x + c.
 
     With dL/dW = D X (D: M x b, X: b x N) of rank b, D = L Q for L = dL/dW V, V the right singular vectors,
-    and an unknown Q (b x b). ReLU behind the layer makes entries of D zero, about half of each column, so b - 1
-    random rows of L are all zero in column n with probability 2^-(b-1), and their null vector is then
+    and an unknown Q (b x b). ReLU behind the layer makes entries of D zero, about half of each column, so
+    b - 1 random rows of L are all zero in column n with probability 2^-(b-1), and their null vector is then
     column n of Q up to scale. Directions with at least `tau` M zeros are kept and refitted to all their zero
     rows; b independent ones are chosen, those with most zeros first; the scale follows from L Q s = dL/dc.
     The work grows as 2^b.
@@ -98,6 +99,8 @@ def separate(
         noise: standard deviation of the error per entry of dL/dW.
         tau: smallest share of zeros in an example's slopes. Without the two tests 0.25 would let
             combinations of two examples pass and 0.38 would not, but confident networks have denser slopes.
+        mismatch: share of units that may be on or off against the slopes; more than a hundredth is needed
+            where the weights moved between local steps.
         submatrices: most that are tried.
         deadline: `time.monotonic()` after which to stop.
 
@@ -121,7 +124,9 @@ def separate(
     tried = 0
     view = _View(left, right, values, weight, bias, bias_gradient, tolerance)
     if rank == 1:
-        return _separation(view, left.new_ones(1, 1), 0)
+        pool, counts, tried = left.new_ones(1, 1), [0], submatrices
+        if _choose(view, pool, counts, mismatch) is not None:
+            return _separation(view, pool, 0)
     while tried < submatrices and time.monotonic() < deadline and len(alive) >= rank:
         several = min(_AT_ONCE, submatrices - tried, max(16, 2 ** (rank + 2)))
         tried += several
@@ -131,16 +136,16 @@ def separate(
             if bool((seen @ shape).abs().gt(1 - _SAME**2).any()):
                 continue
             seen = torch.cat([seen, shape[None]])
-            if _one_input_does_it((left @ q).abs() > tolerance, features):
+            if _one_input_does_it((left @ q).abs() > tolerance, features, mismatch):
                 pool, counts, fresh = torch.cat([pool, q[None]]), [*counts, zeros], True
         if fresh:
-            chosen = _choose(view, pool, counts)
+            chosen = _choose(view, pool, counts, mismatch)
             if chosen is not None:
                 return _separation(view, pool[chosen], tried)
     raise ValueError(
         f"the search found {_independent(pool, counts, values)[1]} of {rank} directions, and no set that "
-        f"fits the ReLUs, within {tried} submatrices: the batch is too large, the update too noisy or its units too "
-        f"few; raise submatrices or seconds"
+        f"fits the ReLUs, within {tried} submatrices: the batch is too large, the update too noisy or its "
+        f"units too few; raise submatrices or seconds"
     )
 
 
@@ -237,8 +242,8 @@ def _refine(rows: Tensor, lengths: Tensor, zero: Tensor, tolerance: float) -> tu
     return q, int(zero.sum())
 
 
-def _one_input_does_it(on: Tensor, features: Tensor) -> bool:
-    """Whether some input in the span found switches on just these units (M,), up to one in a hundred.
+def _one_input_does_it(on: Tensor, features: Tensor, mismatch: float) -> bool:
+    """Whether some input in the span found switches on just these units (M,), up to a share of mismatches.
 
     Minimises sum max(0, 1 - s_i f_i u) for signs s and features f = [W V^T, c], whose last coefficient is
     not negative.
@@ -249,7 +254,7 @@ def _one_input_does_it(on: Tensor, features: Tensor) -> bool:
     bounds = [(None, None)] * (b - 1) + [(0, None)] * (M + 1)
     found = linprog(cost, A_ub=np.hstack([-signed, -np.eye(M)]), b_ub=-np.ones(M), bounds=bounds)
     solution = found.x
-    return solution is not None and int((signed @ solution[:b] <= 0).sum()) <= M // 100
+    return solution is not None and int((signed @ solution[:b] <= 0).sum()) <= mismatch * M
 
 
 def _independent(pool: Tensor, counts: list[int], values: Tensor) -> tuple[list[int], int]:
@@ -266,15 +271,15 @@ def _independent(pool: Tensor, counts: list[int], values: Tensor) -> tuple[list[
     return kept, len(kept)
 
 
-def _choose(view: _View, pool: Tensor, counts: list[int]) -> list[int] | None:
-    """b directions whose inputs switch on just the units with a slope, up to one in a hundred; None if none.
+def _choose(view: _View, pool: Tensor, counts: list[int], mismatch: float) -> list[int] | None:
+    """b directions whose inputs switch on just the units with a slope, up to a share; None if none.
 
     The greedy choice, then single exchanges with the rest of the pool as long as they help.
     """
     chosen, found = _independent(pool, counts, view.values)
     if found < len(view.values):
         return None
-    enough = view.left.numel() // 100
+    enough = mismatch * view.left.numel()
     best = view.disagreement(pool[chosen])
     helps = True
     while best > enough and helps:

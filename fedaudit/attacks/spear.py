@@ -14,6 +14,8 @@ from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
 
 _log = logging.getLogger(__name__)
 
+_ONE_STEP, _SEVERAL_STEPS = 0.01, 0.1  # shares of units that may contradict the slopes
+
 
 @dataclass(frozen=True)
 class Spear:
@@ -79,7 +81,7 @@ class Spear:
         key = f"{layer.name}.weight" if layer.name else "weight"
         noise = rounding(update, ctx, key)
         rank, _ = numerical_rank(weight, noise)
-        stated = seen.examples
+        stated, steps = seen.examples, ctx.steps(update) or 1
         if rank > stated:  # noise that the number format does not explain
             rest = torch.linalg.svdvals(weight)[stated:].square().sum()
             noise = math.sqrt(float(rest) / math.prod(side - stated for side in weight.shape))
@@ -95,6 +97,7 @@ class Spear:
             torch.Generator().manual_seed(ctx.seed),
             noise=noise,
             tau=self.tau,
+            mismatch=_ONE_STEP if steps == 1 else _SEVERAL_STEPS,
             submatrices=self.submatrices,
             deadline=deadline,
         )
@@ -104,7 +107,6 @@ class Spear:
         agreement = float((on == (parts.slopes != 0)).double().mean())
         objective = gradient_residual(seen, x, y)
         _log.debug("spear: residual %.2e after %d submatrices", objective, parts.submatrices)
-        steps = ctx.steps(update) or 1
         conditions: dict[str, float | int | str | bool] = {
             "labels": "estimated",
             "batch-size": stated,

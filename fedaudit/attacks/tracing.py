@@ -40,18 +40,23 @@ class Trace:
         x: the input (B, *input_shape).
         output: the model's output.
         calls: calls of leaf modules (those without children), in order.
-        uses: name of each torch function that ran, with the tensors it received.
+        uses: name of each torch function that ran, the tensors it received and the one it changed in place.
     """
 
     x: Tensor
     output: Tensor
     calls: tuple[Call, ...]
-    uses: tuple[tuple[str, tuple[Tensor, ...]], ...]
+    uses: tuple[tuple[str, tuple[Tensor, ...], Tensor | None], ...]
 
     def feeds_relu_only(self, call: Call) -> bool:
         """Whether the call's output goes into ReLU and into nothing else, be it a module or a function."""
-        names = [name for name, tensors in self.uses if any(t is call.output for t in tensors)]
-        return call.output is not self.output and bool(names) and set(names) <= _RELU
+        names: list[str] = []
+        for name, tensors, changed in self.uses:
+            if any(tensor is call.output for tensor in tensors):
+                names.append(name)
+                if changed is call.output:  # what follows uses the activated values
+                    break
+        return bool(names) and set(names) <= _RELU
 
     def first_trainable(self) -> Call:
         """The first call of a module with trainable parameters of its own.
@@ -102,7 +107,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     True
     """
     calls: list[Call] = []
-    uses: list[tuple[str, tuple[Tensor, ...]]] = []
+    uses: list[tuple[str, tuple[Tensor, ...], Tensor | None]] = []
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
@@ -113,11 +118,14 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
             kwargs: Mapping[str, Any] | None = None,
         ) -> Any:
             name = getattr(func, "__name__", str(func))
+            result = func(*args, **(kwargs or {}))
             if name not in _READS:
                 given = [*args, *(kwargs or {}).values()]
                 pieces = [p for g in given for p in (g if isinstance(g, (list, tuple)) else [g])]
-                uses.append((name, tuple(p for p in pieces if isinstance(p, Tensor))))
-            return func(*args, **(kwargs or {}))
+                tensors = tuple(p for p in pieces if isinstance(p, Tensor))
+                changed = result if any(result is tensor for tensor in tensors) else None
+                uses.append((name, tensors, changed))
+            return result
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def seen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
