@@ -17,6 +17,7 @@ from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
 _THROUGH = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _ACTIVATIONS = (nn.LeakyReLU, nn.Sigmoid, nn.Tanh)
 _AT_ONCE = 256  # basis vectors pushed through a layer together
+_LOUDEST = 1e12  # how much more equations may say than the prior
 _SCALES = 400  # points of the grid on which the scale of a head without bias is bracketed
 
 
@@ -137,6 +138,9 @@ def solve(matrix: Tensor, right: Tensor, middle: float, width: float) -> Solved:
         width: its standard deviation.
     """
     rows, N = matrix.shape
+    # Rounding must not pass for knowledge: errors are at least 1e-12 of the largest value.
+    tame = min(1.0, _LOUDEST / (width * float(matrix.norm(dim=0).max()) + 1e-300))
+    matrix, right = matrix * tame, right * tame
     side = (right - matrix.sum(dim=1) * middle)[:, None]
     # The triangle of [matrix, side] is all that least squares needs; Q is never formed.
     packed = torch.linalg.qr(torch.cat([matrix * width, side], dim=1), mode="r").R
@@ -233,7 +237,7 @@ class RGAP:
             if module.bias is not None:
                 output = output - module.bias.detach().repeat_interleave(len(output) // len(module.bias))
             A, K = layer_matrices(module, shape, slopes.reshape(stage.call.output.shape[1:]))
-            target = seen.gradient[f"{name}.weight"]
+            target = seen.part(name, "weight")
             noise = math.hypot(rounding(update, ctx, f"{name}.weight"), slope_error * _rms(target))
             if isinstance(module, nn.Linear):
                 target = slopes @ target / slopes.norm()
@@ -281,8 +285,8 @@ def _head(
     head = stage.call.module
     assert isinstance(head, nn.Linear)
     name = f"{stage.call.name}." if stage.call.name else ""
-    weight = seen.gradient.get(f"{name}weight")
-    if weight is None or not float(weight.square().sum()) > 0:
+    weight = seen.part(stage.call.name, "weight")
+    if not float(weight.square().sum()) > 0:
         raise ValueError(f"r-gap needs a gradient of {stage.call} that is not zero: skip this update")
     noise = rounding(update, ctx, f"{name}weight")
     bias = seen.gradient.get(f"{name}bias")

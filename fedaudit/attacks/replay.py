@@ -35,21 +35,22 @@ class Intercepted:
     num_classes: int
     seen: Trace
 
-    def of(self, name: str) -> tuple[Tensor, Tensor]:
-        """Gradient of a module's weight and bias.
+    def part(self, name: str, parameter: str) -> Tensor:
+        """Gradient of one parameter of a module.
 
         Raises:
-            ValueError: if the update lacks one, or a value is not finite.
+            ValueError: if the update lacks it, or a value is not finite.
         """
-        found = []
-        for part in ("weight", "bias"):
-            key = f"{name}.{part}" if name else part
-            if key not in self.gradient:
-                raise ValueError(f"this attack needs the gradient of {key!r}, got none: layer withheld?")
-            found.append(self.gradient[key])
-            if not math.isfinite(float(found[-1].abs().sum())):
-                raise ValueError(f"the gradient of {key!r} must be finite, got NaN or infinity: skip it")
-        return found[0], found[1]
+        key = f"{name}.{parameter}" if name else parameter
+        if key not in self.gradient:
+            raise ValueError(f"this attack needs the gradient of {key!r}, got none: is the layer withheld?")
+        if not math.isfinite(float(self.gradient[key].abs().sum())):
+            raise ValueError(f"the gradient of {key!r} must be finite, got NaN or infinity: skip it")
+        return self.gradient[key]
+
+    def of(self, name: str) -> tuple[Tensor, Tensor]:
+        """Gradient of a module's weight and bias; raises as `part` does."""
+        return self.part(name, "weight"), self.part(name, "bias")
 
 
 def intercept(attack: str, update: ClientUpdate, ctx: RoundContext, mode: Mode) -> Intercepted:

@@ -17,6 +17,9 @@ _LEVERAGE = 0.9  # a row above it may alone fix one dimension of a direction: it
 _FOCUS = 6.0  # how strongly, at most, rows with similar weights are preferred in a draw
 _SAME = 1e-4  # sine of the angle between two directions that count as one
 _REFINEMENTS = 3
+_REPEATS = 64
+_OTHERS = 8  # directions that may replace one of the chosen
+_DOUBTFUL = 200  # directions that hang on a single row, kept for the case that the others do not suffice
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +67,8 @@ def separate(
     *,
     noise: float = 0.0,
     tau: float = 0.1,
-    mismatch: float = 0.01,
-    submatrices: int = 100_000,
+    mismatch: float = 0.003,
+    submatrices: int = 30_000,
     deadline: float = math.inf,
 ) -> Separation:
     """The inputs and output gradients of each example of a batch behind the gradient of a layer z = W x + c.
@@ -82,10 +85,10 @@ def separate(
 
     Source: Dimitrov, Baader, Mueller, Vechev 2024, arXiv 2403.03945.
     Differs from Dimitrov et al.: a direction must pass two tests of its own, in place of a search over
-    choices of b directions. No single row may be needed to fix it (leverage below 0.99 among its zero
-    rows): combinations of examples fail that if their output gradients are in general position. And some
-    input must switch just its non-zero units on at the known weights, a linear programme; combinations
-    fail that even where output gradients are parallel, as with two classes. So `tau` can be low.
+    choices of b directions. No single row may be needed to fix it among its zero rows: combinations of
+    examples fail that if their output gradients are in general position (directions that fail are tried
+    last). And some input must switch just its non-zero units on at the known weights, a linear programme;
+    combinations fail that even where output gradients are parallel, as with two classes. So `tau` can be low.
     And the rows of a draw have similar weights, more or less, because units that see alike are off together:
     ten times fewer draws at b = 8 and more beyond.
 
@@ -99,7 +102,7 @@ def separate(
         noise: standard deviation of the error per entry of dL/dW.
         tau: smallest share of zeros in an example's slopes. Without the two tests 0.25 would let
             combinations of two examples pass and 0.38 would not, but confident networks have denser slopes.
-        mismatch: share of units that may be on or off against the slopes; more than a hundredth is needed
+        mismatch: share of units that may be on or off against the slopes; a larger one is needed
             where the weights moved between local steps.
         submatrices: most that are tried.
         deadline: `time.monotonic()` after which to stop.
@@ -127,18 +130,38 @@ def separate(
         pool, counts, tried = left.new_ones(1, 1), [0], submatrices
         if _choose(view, pool, counts, mismatch) is not None:
             return _separation(view, pool, 0)
+    # Few rows have few submatrices: drawing each many times over adds nothing.
+    submatrices = min(submatrices, _REPEATS * math.comb(len(alive), rank - 1))
+    doubtful: list[tuple[int, Tensor]] = []
+
+    def is_new(q: Tensor, zeros: int) -> bool:
+        """Whether the direction is another one, and some input goes with it; it is then in the pool."""
+        nonlocal pool, seen
+        shape = torch.nn.functional.normalize(q * values, dim=0)  # slopes L q have this geometry
+        if bool((seen @ shape).abs().gt(1 - _SAME**2).any()):
+            return False
+        seen = torch.cat([seen, shape[None]])
+        fits = _one_input_does_it((left @ q).abs() > tolerance, features, mismatch)
+        if fits:
+            pool = torch.cat([pool, q[None]])
+            counts.append(zeros)
+        return fits
+
     while tried < submatrices and time.monotonic() < deadline and len(alive) >= rank:
         several = min(_AT_ONCE, submatrices - tried, max(16, 2 ** (rank + 2)))
         tried += several
         fresh = False
-        for q, zeros in _directions(alive, likeness, several, tolerance, least, generator):
-            shape = torch.nn.functional.normalize(q * values, dim=0)  # slopes L q have this geometry
-            if bool((seen @ shape).abs().gt(1 - _SAME**2).any()):
-                continue
-            seen = torch.cat([seen, shape[None]])
-            if _one_input_does_it((left @ q).abs() > tolerance, features, mismatch):
-                pool, counts, fresh = torch.cat([pool, q[None]]), [*counts, zeros], True
-        if fresh:
+        for q, zeros, sure in _directions(alive, likeness, several, tolerance, least, generator):
+            if sure:
+                fresh = is_new(q, zeros) or fresh
+            else:
+                doubtful.append((zeros, q))
+        doubtful = sorted(doubtful, key=lambda pair: -pair[0])[:_DOUBTFUL]
+        chosen = _choose(view, pool, counts, mismatch) if fresh else None
+        if chosen is not None:
+            return _separation(view, pool[chosen], tried)
+    for zeros, q in doubtful:
+        if time.monotonic() < deadline and is_new(q, zeros):
             chosen = _choose(view, pool, counts, mismatch)
             if chosen is not None:
                 return _separation(view, pool[chosen], tried)
@@ -191,8 +214,8 @@ def _directions(
     tolerance: float,
     least: float,
     generator: torch.Generator,
-) -> Iterator[tuple[Tensor, int]]:
-    """Unit directions q (b,) with their numbers of zeros, from random rows (b - 1 at a time).
+) -> Iterator[tuple[Tensor, int, bool]]:
+    """Unit directions q (b,), numbers of zeros, and whether several rows agree, from b - 1 random rows each.
 
     Rows are drawn without replacement with chances exp(focus * <likeness, u>) for a random u and focus.
     """
@@ -210,21 +233,24 @@ def _directions(
     lengths = rows.norm(dim=1)
     slack = tolerance * (1 + lengths / smallest.clamp_min(1e-300)[:, None])
     zero = (q @ rows.T).abs() <= slack
-    enough = (zero.sum(dim=1) >= max(least, b)) & (smallest > 4 * tolerance)
+    enough = (zero.sum(dim=1) >= max(least, b if b > 2 else 1)) & (smallest > 4 * tolerance)
     for k in enough.nonzero()[:, 0].tolist():
         refined = _refine(rows, lengths, zero[k], tolerance)
         if refined is not None and refined[1] >= least:
             yield refined
 
 
-def _refine(rows: Tensor, lengths: Tensor, zero: Tensor, tolerance: float) -> tuple[Tensor, int] | None:
-    """The direction that all zero rows agree on; None if they do not, or if it hangs on a single row."""
+def _refine(rows: Tensor, lengths: Tensor, zero: Tensor, tolerance: float) -> tuple[Tensor, int, bool] | None:
+    """The direction that all zero rows agree on, their number, and whether none of them is needed for it.
+
+    None if the rows do not agree or leave more than one direction.
+    """
     b = rows.shape[1]
     for _ in range(_REFINEMENTS):
-        if int(zero.sum()) < b:
+        if int(zero.sum()) < b - 1:
             return None
         fitted = rows[zero]
-        left, values, vectors = torch.linalg.svd(fitted, full_matrices=False)
+        left, values, vectors = torch.linalg.svd(fitted, full_matrices=True)
         if float(values[b - 2]) <= 4 * tolerance:  # the zero rows leave more than one direction open
             return None
         q = vectors[-1]
@@ -232,14 +258,14 @@ def _refine(rows: Tensor, lengths: Tensor, zero: Tensor, tolerance: float) -> tu
         if torch.equal(again, zero):
             break
         zero = again
-    if float(values[-1]) > tolerance * math.sqrt(len(fitted)):  # they are not zero together
+    if len(values) == b and float(values[-1]) > tolerance * math.sqrt(len(fitted)):  # not zero together
         return None
     leverage, hardest = left[:, : b - 1].square().sum(dim=1).max(dim=0)
-    if float(leverage) > _LEVERAGE:
+    sure = len(fitted) >= b
+    if sure and float(leverage) > _LEVERAGE:
         others = torch.arange(len(left), device=left.device) != hardest
-        if float(torch.linalg.svdvals(fitted[others])[b - 2]) <= 4 * tolerance:
-            return None
-    return q, int(zero.sum())
+        sure = float(torch.linalg.svdvals(fitted[others])[b - 2]) > 4 * tolerance
+    return q, int(zero.sum()), sure
 
 
 def _one_input_does_it(on: Tensor, features: Tensor, mismatch: float) -> bool:
@@ -284,7 +310,8 @@ def _choose(view: _View, pool: Tensor, counts: list[int], mismatch: float) -> li
     helps = True
     while best > enough and helps:
         helps = False
-        for place, new in itertools.product(range(len(chosen)), set(range(len(pool))) - set(chosen)):
+        others = sorted(set(range(len(pool))) - set(chosen), key=lambda i: -counts[i])[:_OTHERS]
+        for place, new in itertools.product(range(len(chosen)), others):
             other = [*chosen[:place], new, *chosen[place + 1 :]]
             if (wrong := view.disagreement(pool[other])) < best:
                 chosen, best, helps = other, wrong, True

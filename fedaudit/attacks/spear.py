@@ -14,7 +14,7 @@ from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
 
 _log = logging.getLogger(__name__)
 
-_ONE_STEP, _SEVERAL_STEPS = 0.01, 0.1  # shares of units that may contradict the slopes
+_ONE_STEP, _SEVERAL_STEPS = 0.003, 0.1  # shares of units that may contradict the slopes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Spear:
     """
 
     tau: float = 0.1
-    submatrices: int = 100_000
+    submatrices: int = 30_000
     mode: Mode = "train"
     seconds: float = 0.0
 
@@ -50,7 +50,7 @@ class Spear:
         if not 0 <= self.tau < 1:
             raise ValueError(f"tau is a share of units from 0 to below 1, got {self.tau}: use e.g. 0.1")
         if self.submatrices < 1:
-            raise ValueError(f"submatrices must be positive, got {self.submatrices}: use e.g. 100000")
+            raise ValueError(f"submatrices must be positive, got {self.submatrices}: use e.g. 30000")
         if self.seconds < 0:
             raise ValueError(f"seconds must not be negative, got {self.seconds}: use 0 for no limit")
 

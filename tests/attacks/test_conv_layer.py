@@ -87,7 +87,7 @@ def test_too_few_weights_make_a_layer_not_uniquely_invertible_and_it_says_so() -
     assert found.conditions["uniquely-invertible"] is False
     assert found.conditions["ranks"] == "0: 12 of 36"
     assert "not uniquely invertible" in str(found.conditions["warning"])
-    assert found.objective < 1e-20  # it explains the update
+    assert found.objective < 1e-15  # it explains the update
     assert largest_error(found.x, x) > 0.1  # and yet is not the input
     assert float(found.conditions["expected-error"]) == pytest.approx(0.5 * math.sqrt(24 / 36), rel=0.01)
 

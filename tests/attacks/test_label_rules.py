@@ -187,7 +187,7 @@ def test_an_estimate_of_the_softmax_leaves_running_statistics_alone() -> None:
 def test_rules_refuse_what_they_cannot_read() -> None:
     with pytest.raises(ValueError, match="from 1 to C = 3, got 4"):
         yin_labels(torch.zeros(3, 2), 4)
-    with pytest.raises(ValueError, match="impact of an example on its class is negative, got 0.1"):
+    with pytest.raises(ValueError, match=r"impact of an example on its class is negative, got 0\.1"):
         llg_labels(torch.zeros(3, 2), 4, impact=0.1)
     with pytest.raises(ValueError, match="batch size must be positive, got 0"):
         llg_labels(torch.zeros(3, 2), 0)
