@@ -67,7 +67,7 @@ def test_sixteen_examples_are_within_the_default_budget() -> None:
 def test_the_search_is_the_same_for_the_same_seed() -> None:
     weight, bias, x, d = layer(4, seed=0)
     runs = [separate(d.T @ x, d.sum(0), weight, bias, 4, torch.Generator().manual_seed(s)).x for s in (3, 3)]
-    assert torch.equal(*runs)
+    assert torch.allclose(*runs, rtol=0, atol=1e-12)  # LAPACK's last bits depend on where arrays lie
 
 
 def test_the_rank_counts_what_stands_above_noise() -> None:
