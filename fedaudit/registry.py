@@ -194,7 +194,23 @@ ATTACKS = Registry(
         "dlg": (
             "Deep Leakage from Gradients: match the gradient by L-BFGS",
             "fedaudit.attacks.dlg:DLG",
-        )
+        ),
+        "linear-layer": (
+            "inputs read off the gradient of a linear first layer, exact for one example",
+            "fedaudit.attacks.linear_layer:LinearLayer",
+        ),
+        "spear": (
+            "whole batches, exactly, from a fully connected first layer with ReLU",
+            "fedaudit.attacks.spear:Spear",
+        ),
+        "r-gap": (
+            "one example of a small convolutional chain, layer by layer in closed form",
+            "fedaudit.attacks.conv_layer:RGAP",
+        ),
+        "imprint": (
+            "ACTIVE: reads a model that the server imprinted (Robbing the Fed)",
+            "fedaudit.attacks.imprint:Imprint",
+        ),
     },
 )
 DEFENSES = Registry(
