@@ -147,7 +147,10 @@ def test_a_diagnosis_names_the_obstacles_and_the_favours(run, capsys):
     assert main(["diagnose", str(run.path), "--client", "1", "--round", "2", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     verdicts = {each["attack"]: each["verdict"] for each in shown["attacks"]}
-    assert verdicts["dlg"] == "applies"
+    assert verdicts["dlg"] == verdicts["linear-layer"] == "applies"
+    assert verdicts["spear"] == verdicts["imprint"] == "does not apply"  # tanh, and an honest server
+    reasons = {each["attack"]: "; ".join(each["reasons"]) for each in shown["attacks"]}
+    assert "spear needs ReLU" in reasons["spear"] and "active attack" in reasons["imprint"]
     assert shown["card"]["card-local-steps"] == 1 and shown["card"]["grade"] == "favourable"
     assert main(["diagnose", str(run.path), "--client", "1", "--round", "9"]) == 2
     assert "a round in which the client's update was used" in capsys.readouterr().err

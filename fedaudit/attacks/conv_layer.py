@@ -9,7 +9,14 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from fedaudit.attacks.labels import idlg_label
-from fedaudit.attacks.replay import Intercepted, Mode, gradient_residual, intercept, rounding
+from fedaudit.attacks.replay import (
+    Intercepted,
+    Mode,
+    gradient_residual,
+    intercept,
+    obstacle_of,
+    rounding,
+)
 from fedaudit.attacks.tracing import Call, Trace
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
@@ -211,6 +218,15 @@ class RGAP:
     name = "r-gap"
     needs = Needs.MODEL | Needs.TRAINING | Needs.SHAPE
 
+    def obstacle(self, update: ClientUpdate, ctx: RoundContext) -> str:
+        """Why this model or batch is out of its reach; empty if it is not."""
+        return obstacle_of(lambda: self._stages(intercept(self.name, update, ctx, self.mode)))
+
+    def _stages(self, seen: Intercepted) -> list[Stage]:
+        if seen.examples != 1:
+            raise ValueError(f"r-gap inverts a single example, got {seen.examples}: choose spear or dlg")
+        return chain(seen.seen)
+
     def reconstruct(self, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
         """The example (1, *input_shape).
 
@@ -218,9 +234,7 @@ class RGAP:
             ValueError: for a batch, a model that is no such chain, or an update without signal.
         """
         seen = intercept(self.name, update, ctx, self.mode)
-        if seen.examples != 1:
-            raise ValueError(f"r-gap inverts a single example, got {seen.examples}: choose spear or dlg")
-        stages = chain(seen.seen)
+        stages = self._stages(seen)
         x, slopes, error, y, solutions = _head(seen, update, ctx, stages[-1])
         slope_error, worst_out, misfit = 0.0, 0.0, 1.0
         ranks: list[str] = []

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fedaudit.attacks.linear_layer import explain, outside
-from fedaudit.attacks.replay import Mode, gradient_residual, intercept, labels_by_slopes, rounding
+from fedaudit.attacks.replay import (
+    Intercepted,
+    Mode,
+    gradient_residual,
+    intercept,
+    labels_by_slopes,
+    obstacle_of,
+    rounding,
+)
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
 
@@ -182,6 +190,19 @@ class Imprint:
     needs = Needs.MODEL | Needs.TRAINING | Needs.SHAPE
     active: ClassVar[bool] = True
 
+    def obstacle(self, update: ClientUpdate, ctx: RoundContext) -> str:
+        """Why this model cannot have been imprinted; empty if it is."""
+        return obstacle_of(lambda: self._units(intercept(self.name, update, ctx, self.mode)))
+
+    def _units(self, seen: Intercepted) -> str:
+        """Name of the imprint's layer."""
+        names = [name for name, module in seen.model.named_modules() if isinstance(module, ImprintBlock)]
+        if not names:
+            raise ValueError(
+                "imprint is an active attack: it needs a model built with imprint(), got another"
+            )
+        return f"{names[0]}.units" if names[0] else "units"
+
     def reconstruct(self, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
         """At most B candidates (R, *input_shape), those in the value range first.
 
@@ -189,12 +210,7 @@ class Imprint:
             ValueError: if the model has no imprint block, or all its bins are empty.
         """
         seen = intercept(self.name, update, ctx, self.mode)
-        names = [name for name, module in seen.model.named_modules() if isinstance(module, ImprintBlock)]
-        if not names:
-            raise ValueError(
-                "imprint is an active attack: it needs a model built with imprint(), got another"
-            )
-        name = f"{names[0]}.units" if names[0] else "units"
+        name = self._units(seen)
         weight, bias = seen.of(name)
         floor = _SIGMAS * 2**0.5 * rounding(update, ctx, f"{name}.bias")
         flat, bins = recover_imprinted(weight, bias, floor)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedaudit.attacks.replay import Mode, gradient_residual, intercept, labels_by_slopes, rounding
+from fedaudit.attacks.replay import (
+    Mode,
+    gradient_residual,
+    intercept,
+    labels_by_slopes,
+    obstacle_of,
+    rounding,
+)
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
 
@@ -170,6 +177,10 @@ class LinearLayer:
 
     name = "linear-layer"
     needs = Needs.MODEL | Needs.TRAINING | Needs.SHAPE
+
+    def obstacle(self, update: ClientUpdate, ctx: RoundContext) -> str:
+        """Why this model has no such layer; empty if it has."""
+        return obstacle_of(lambda: intercept(self.name, update, ctx, self.mode).seen.first_linear(self.name))
 
     def reconstruct(self, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
         """At most B candidates (K, *input_shape), best first.

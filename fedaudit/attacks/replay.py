@@ -1,7 +1,7 @@
 """What an attacker replays at the broadcast weights: gradients of its own guesses, and their rounding."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +82,15 @@ def intercept(attack: str, update: ClientUpdate, ctx: RoundContext, mode: Mode) 
     most = ctx.batch_size * (ctx.steps(update) or 1)
     examples = min(most, update.num_examples) if update.num_examples > 0 else most
     return Intercepted(model, ctx.loss, gradient, examples, ctx.num_classes, seen)
+
+
+def obstacle_of(check: Callable[[], object]) -> str:
+    """The sentence with which a structural check refuses; empty if it passes."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def rounding(update: ClientUpdate, ctx: RoundContext, name: str) -> float:

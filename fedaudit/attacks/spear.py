@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from fedaudit.attacks.replay import Mode, gradient_residual, intercept, labels_by_slopes, rounding
+from fedaudit.attacks.replay import (
+    Intercepted,
+    Mode,
+    gradient_residual,
+    intercept,
+    labels_by_slopes,
+    obstacle_of,
+    rounding,
+)
 from fedaudit.attacks.separation import numerical_rank, separate
+from fedaudit.attacks.tracing import Call
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
 
@@ -54,6 +63,27 @@ class Spear:
         if self.seconds < 0:
             raise ValueError(f"seconds must not be negative, got {self.seconds}: use 0 for no limit")
 
+    def obstacle(self, update: ClientUpdate, ctx: RoundContext) -> str:
+        """Why this model or batch is out of its reach; empty if it is not."""
+        return obstacle_of(lambda: self._layer(intercept(self.name, update, ctx, self.mode)))
+
+    def _layer(self, seen: Intercepted) -> tuple[Call, torch.nn.Linear]:
+        """The first layer, if it is Linear with ReLU behind it and large enough for the batch."""
+        layer = seen.seen.first_linear(self.name)
+        if not seen.seen.feeds_relu_only(layer):
+            raise ValueError(
+                f"spear needs ReLU, and nothing else, behind {layer}: choose linear-layer or dlg"
+            )
+        linear = seen.model.get_submodule(layer.name)
+        assert isinstance(linear, torch.nn.Linear)
+        most = min(linear.weight.shape)
+        if seen.examples > most:
+            raise ValueError(
+                f"spear separates at most min(units, inputs) = {most} examples of {layer}, got "
+                f"{seen.examples}: choose another attack"
+            )
+        return layer, linear
+
     def reconstruct(self, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
         """The batch (b, *input_shape) in no particular order; b is the numerical rank.
 
@@ -63,21 +93,10 @@ class Spear:
         """
         deadline = time.monotonic() + self.seconds if self.seconds else math.inf
         seen = intercept(self.name, update, ctx, self.mode)
-        layer = seen.seen.first_linear(self.name)
-        if not seen.seen.feeds_relu_only(layer):
-            raise ValueError(
-                f"spear needs ReLU, and nothing else, behind {layer}: choose linear-layer or dlg"
-            )
-        linear = seen.model.get_submodule(layer.name)
-        assert isinstance(linear, torch.nn.Linear)
+        layer, linear = self._layer(seen)
         weight, bias = seen.of(layer.name)
         if not bool(weight.any()):
             raise ValueError(f"the gradient of {layer} must not be zero, got zero: skip this update")
-        if seen.examples > min(weight.shape):
-            raise ValueError(
-                f"spear separates at most min(units, inputs) = {min(weight.shape)} examples of {layer}, got "
-                f"{seen.examples}: choose another attack"
-            )
         key = f"{layer.name}.weight" if layer.name else "weight"
         noise = rounding(update, ctx, key)
         rank, _ = numerical_rank(weight, noise)
