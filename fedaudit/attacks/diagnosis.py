@@ -66,7 +66,7 @@ def diagnose(
     From settings and model alone: nothing is attacked, and "applies" is no promise of success.
 
     Args:
-        attacks: attacks to judge. One whose attribute `multi_step` is true follows the client through its
+        attacks: attacks to judge. One whose attribute `unrolls` is true follows the client through its
             local steps; one with `KnowsItsLimits` is asked about the model.
         update: the update in question.
         ctx: what the attacker knows.
@@ -81,7 +81,7 @@ def diagnose(
             hard.append(lacking)
         if ctx.lr is None and card.optimizer != "sgd":
             hard.append(f"a step of {card.optimizer} is not the learning rate times a gradient")
-        multi_step = bool(getattr(attack, "multi_step", False))
+        multi_step = bool(getattr(attack, "unrolls", False))
         if card.local_steps > 1 and not multi_step:
             hard.append(
                 f"{card.local_steps} local steps: a single-gradient attack does not apply, use local-steps"
