@@ -2,8 +2,9 @@
 
     python -m benchmarks.audit_overhead
 
-The federation of ``benchmarks.simulation``, once with the small convolutional network and once with a
-multilayer perceptron of about a million parameters. Measures on and off alternate run by run (A B A B).
+The federation of ``benchmarks.simulation`` with the small convolutional network, 10 and 50 clients a round,
+and with a multilayer perceptron of about a million parameters. Measures on and off alternate run by run
+(A B A B); "share" is the part of an audited round that the measures take.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from benchmarks.workload import federation
 from fedaudit.app import setup
 from fedaudit.auditor import ALWAYS_ON
 
-CLIENTS, EXAMPLES, COHORT = 100, 32, 10
-MODELS = ("cnn", "mlp(hidden=784-448)")
+CLIENTS, EXAMPLES = 100, 32
+CASES = (("cnn", 10), ("cnn", 50), ("mlp(hidden=784-448)", 10))
 
 
 def main() -> None:
@@ -32,25 +33,28 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        results = {model: measure(model, options, Path(folder)) for model in MODELS}
+        results = [measure(model, cohort, options, Path(folder)) for model, cohort in CASES]
     method = "run by run in turn (A B A B); ratio = round time with the measures / round time without"
-    keep("audit_overhead", {"measures": ALWAYS_ON, "method": method, "models": results}, options.output)
+    keep("audit_overhead", {"measures": ALWAYS_ON, "method": method, "cases": results}, options.output)
 
 
-def measure(model: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Round times without and with the measures, for one model."""
-    config = federation(folder, CLIENTS, EXAMPLES, COHORT, model__name=model)
+def measure(model: str, cohort: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Round times without and with the measures, for one model and number of clients per round."""
+    config = federation(folder, CLIENTS, EXAMPLES, cohort, model__name=model)
     without = config.with_(federation__rounds=options.rounds + 2, audit__measures="", output__name="without")
     audited = without.with_(audit__measures=ALWAYS_ON, output__name="with")
     time_rounds(audited.with_(federation__rounds=3))  # imports and caches
     pairs = [(time_rounds(without), time_rounds(audited)) for _ in range(options.pairs)]
+    found = compare(pairs, ("without", "with"), cohort)
     parameters = sum(p.numel() for p in setup(config.flat()).build_model().parameters())
     return {
+        "model": model,
         "parameters": parameters,
-        "clients-per-round": COHORT,
+        "clients-per-round": cohort,
         "examples-per-client": EXAMPLES,
         "batch-size": config.train.batch_size,
-        **compare(pairs, ("without", "with"), COHORT),
+        "share": round(1 - 1 / found["ratio-wall"]["median"], 4),
+        **found,
     }
 
 

@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -101,6 +103,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Smallest, median and largest value, to four digits."""
     numbers = {"min": min(values), "median": statistics.median(values), "max": max(values)}
     return {name: float(f"{value:.4g}") for name, value in numbers.items()}
+
+
+def peak_memory() -> float:
+    """Largest resident memory so far, MiB; the system counts in KiB, on macOS in bytes."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def machine() -> dict[str, Any]:

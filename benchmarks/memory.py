@@ -9,13 +9,12 @@ the process's largest resident memory so far, as the operating system counts it;
 import argparse
 import resource
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.measurement import keep
+from benchmarks.measurement import keep, peak_memory
 from benchmarks.workload import federation
 from fedaudit.app import execute
 from fedaudit.progress import Event, listen
@@ -37,7 +36,7 @@ def main() -> None:
 
     def hear(event: Event) -> None:
         if event.stage == "round" and event.round:
-            peak.append(_peak())
+            peak.append(peak_memory())
             resident.append(_resident())
 
     with tempfile.TemporaryDirectory() as folder, listen(hear):
@@ -55,12 +54,6 @@ def main() -> None:
         "resident-slope-mib-per-round": round(_slope(resident[later]), 4),
     }
     keep("memory", results, options.output)
-
-
-def _peak() -> float:
-    """Largest resident memory so far, MiB; the system counts in KiB, on macOS in bytes."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _resident() -> float:

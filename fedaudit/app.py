@@ -150,6 +150,7 @@ class Setup:
             build_model=self.build_model,
             loss=summed_cross_entropy,
             lr=settings.lr if plain else None,
+            optimizer=settings.optimizer + (" with momentum" if settings.momentum else ""),
             local_steps=settings.local_steps,
             local_epochs=settings.local_epochs,
             batch_size=settings.batch_size,

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from fedaudit.attack_trigger import Trigger
 from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
-from fedaudit.errors import RunFailedError
+from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.kept_files import save_images, save_update
 from fedaudit.needs import missing
 from fedaudit.progress import announce
@@ -76,6 +79,8 @@ class Auditor:
         attacks: spec list of attacks.
         attack_rounds: rounds whose updates are attacked.
         attack_clients: how many clients of such a round, lowest ids first.
+        attack_trigger: "quantity > number" or "quantity < number": in any audited round the clients for whom
+            it holds are attacked too, at most `attack_clients` of them, most extreme first; empty is none.
         defense: the defense in force, for the records.
         every: audit every this many rounds; the first and `last_round` always.
         last_round: the federation's last round; 0 if unknown.
@@ -99,6 +104,7 @@ class Auditor:
         attacks: str = "",
         attack_rounds: Sequence[int] = (1,),
         attack_clients: int = 1,
+        attack_trigger: str = "",
         defense: str = "unknown",
         every: int = 1,
         last_round: int = 0,
@@ -109,12 +115,17 @@ class Auditor:
         self.log = AuditLog(output) if output is not None else None
         self.run_id = self.log.run_id if self.log else "memory"
         self.measures: list[Measure] = [MEASURES.build(spec) for spec in parse_specs(measures)]
+        names = [measure.name for measure in self.measures]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"a measure is listed once, got {twice} more than once: give its options once")
         self.attacks: list[Attack] = [ATTACKS.build(spec) for spec in parse_specs(attacks)]
         self._context = context if callable(context) else lambda _round: context or RoundContext(0)
         self.observers = tuple(observers)
         self.oracle = oracle
         self.attack_rounds = frozenset(attack_rounds)
         self.attack_clients = attack_clients
+        self.trigger = Trigger.parse(attack_trigger) if attack_trigger else None
         self.defense = defense
         self.every = every
         self.last_round = last_round
@@ -159,9 +170,8 @@ class Auditor:
         if self.save_updates and self.log and self.due(round_number):
             for update in ordered:
                 save_update(self.log.folder / "updates", update)
-        if round_number in self.attack_rounds:
-            for attack in self.attacks:
-                self._attack(attack, ordered[: self.attack_clients], rows)
+        for attack in self.attacks:
+            self._attack(attack, self._attacked(round_number, ordered, rows), rows)
         self.add(round_number, rows.records)
         bad = [row for row in rows.records if row.status in ("skipped", "failed")]
         if self.strict and bad:
@@ -227,6 +237,7 @@ class Auditor:
             evidence=None,
             guarantee=lambda update: self._guarantees.get(update.client_id),
             num_updates=len(updates),
+            shared={},
         )
         contexts: dict[Observer, RoundContext] = {"server": server}
         if "oracle" in self.observers and self.oracle is not None:
@@ -257,6 +268,16 @@ class Auditor:
                 )
             announce("audit", number, len(jobs) + len(self.attacks), updates[0].round, name=measure.name)
 
+    def _attacked(
+        self, round_number: int, updates: Sequence[ClientUpdate], rows: AuditRows
+    ) -> Sequence[ClientUpdate]:
+        """The updates of this round that are attacked: by plan, or because a measure asks for it."""
+        planned = updates[: self.attack_clients] if round_number in self.attack_rounds else ()
+        if self.trigger is None:
+            return planned
+        asked = self.trigger.clients(rows.records)[: self.attack_clients]
+        return [*planned, *(u for u in updates if u.client_id in asked and u not in planned)]
+
     def _attack(self, attack: Attack, updates: Sequence[ClientUpdate], rows: AuditRows) -> None:
         if not updates:
             return
@@ -276,12 +297,24 @@ class Auditor:
                 )
                 continue
             seconds = time.perf_counter() - started
+            found = self._with_card(found, update, ctx)
             objective = Estimate(
                 found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps}
             )
             rows.add(f"{attack.name}.objective", "1", "server", objective, seconds, update)
             self._score(attack.name, found, update, ctx, rows)
             announce("audit", number, len(updates), update.round, name=attack.name)
+
+    def _with_card(self, found: Reconstruction, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
+        """The reconstruction with its threat card among its conditions."""
+        from fedaudit.attacks.threat_card import threat_card
+
+        if ctx.build_model is None:
+            return found
+        with torch.random.fork_rng(devices=[]):
+            model = ctx.build_model()
+        card = threat_card(model, update, ctx, found.conditions, self.defense)
+        return replace(found, conditions={**found.conditions, **card.as_extra()})
 
     def _score(
         self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: AuditRows
@@ -290,6 +323,8 @@ class Auditor:
         from fedaudit.attacks import scores
 
         if self.oracle is None:
+            if self.save_images and self.log:
+                save_images(self.log.folder / "attacks", name, found, None, update, ctx, {})
             return
         try:
             truth = self.oracle.truth(update)

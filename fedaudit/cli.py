@@ -1,6 +1,7 @@
-"""The command `fedaudit`: run, compare, calibrate, report, list.
+"""The command `fedaudit`: run, compare, calibrate, attack, diagnose, verify, report, list.
 
-Exit codes: 0 done, 1 a run failed, 2 bad input. Heavy imports wait until a command needs them.
+Exit codes: 0 done, 1 a run failed or a claim is violated, 2 bad input.
+Heavy imports wait until a command needs them.
 """
 
 import json
@@ -144,6 +145,88 @@ def calibrate(
 
 
 @cli.command()
+def attack(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="folder of a run with audit.save-updates")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--attack", metavar="SPEC", help="which, e.g. 'dlg(labels=idlg)'")
+    ] = "dlg",
+    client: Annotated[list[int] | None, typer.Option("--client", help="whose update; repeatable")] = None,
+    round_: Annotated[list[int] | None, typer.Option("--round", help="of which round; repeatable")] = None,
+    restarts: Annotated[int | None, typer.Option(min=1, help="most restarts")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="time budget per update")] = None,
+    before: Annotated[Path | None, typer.Option(help="weights sent out, safetensors, instead of RUN")] = None,
+    after: Annotated[Path | None, typer.Option(help="weights that came back")] = None,
+    model: Annotated[str, typer.Option(help="package.module:function that returns the model")] = "",
+    shape: Annotated[str, typer.Option(help="shape of an input, e.g. 3,32,32")] = "",
+    classes: Annotated[int, typer.Option(min=0, help="number of classes")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="local learning rate of plain SGD")] = 0.0,
+    steps: Annotated[int, typer.Option(min=1, help="local steps")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="examples in a step")] = 1,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Attack recorded updates of a run, or one update of any federation."""
+    from fedaudit.config import ints
+    from fedaudit.offline_attacks import ForeignUpdate, attack_foreign, attack_run, with_limits
+    from fedaudit.records import load_run
+    from fedaudit.watch import Watch
+
+    if (run is None) == (before is None):
+        raise ConfigError("attack takes either a RUN or --before and --after: give exactly one of the two")
+    spec = with_limits(name, restarts, seconds)
+    if run is not None:
+        attacked = load_run(Path(run))
+        folder = _fresh(Path(output) if output else attacked.path.with_name(f"{attacked.name}-attack"))
+        with Watch(1, quiet=as_json):
+            found = attack_run(attacked, spec, folder, client or (), round_ or ())
+    else:
+        missing = [flag for flag, value in (("--after", after), ("--model", model), ("--shape", shape),
+                                            ("--classes", classes), ("--lr", lr)) if not value]  # fmt: skip
+        if missing or before is None or after is None:
+            raise ConfigError(
+                f"an update from elsewhere needs {', '.join(missing)} beside --before: give all"
+            )
+        foreign = ForeignUpdate(model, before, after, ints(shape), classes, lr, steps, batch_size)
+        folder = _fresh(Path(output) if output else after.with_suffix(".attack"))
+        with Watch(1, quiet=as_json):
+            found = attack_foreign(foreign, spec, folder)
+    _finish([found], folder / "report.html", as_json)
+
+
+@cli.command()
+def diagnose(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a simulation run")],
+    client: Annotated[int, typer.Option("--client", help="whose update")] = 0,
+    round_: Annotated[int, typer.Option("--round", help="of which round")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Say why an inversion cannot work on an update, and which attack applies."""
+    from dataclasses import asdict
+
+    from fedaudit.offline_attacks import diagnose_run
+    from fedaudit.records import load_run
+
+    card, advice = diagnose_run(load_run(Path(run)), client, round_)
+    if as_json:
+        shown = {"card": card.as_extra(), "attacks": [asdict(each) for each in advice]}
+        print(json.dumps(shown, indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"Update of client {client} in round {round_}: {card.grade} conditions", box=None)
+    for heading in ("Attack", "Verdict", "Why"):
+        table.add_column(heading, overflow="fold")
+    for each in advice:
+        table.add_row(each.attack, each.verdict, escape("; ".join(each.reasons) or "no obstacle"))
+    Console().print(table)
+    print(f"in the attacker's favour: {', '.join(card.favours) or 'nothing'}")
+
+
+@cli.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs, or of comparisons")],
     output: Annotated[
@@ -156,6 +239,40 @@ def report(
 
     folders = [folder for given in runs for folder in _run_folders(Path(given))]
     _finish([load_run(folder) for folder in folders], Path(output), as_json)
+
+
+@cli.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run that kept its updates")],
+    observer: Annotated[
+        Literal["server", "oracle"],
+        typer.Option("--observer", help="who looks; an oracle rebuilds the clients' data (simulation only)"),
+    ] = "server",
+    as_json: Json = False,
+) -> None:
+    """Test what a run's defense and strategy claim against what was received."""
+    from fedaudit.verification.recorded import verify_run
+    from fedaudit.verification.table import findings_frame, findings_table, outcome
+
+    if observer == "oracle":
+        from fedaudit.insight import insight
+
+        findings = verify_run(run, observer="oracle", insight=insight)
+    else:
+        findings = verify_run(run)
+    page = Path(run) / "verification.csv"
+    frame = findings_frame(findings)
+    frame.to_csv(page, index=False)
+    if as_json:
+        rows = json.loads(frame.to_json(orient="records"))
+        print(json.dumps({"findings": rows, **outcome(findings), "csv": str(page)}, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(findings_table(findings))
+        print(f"findings: {page}")
+    if outcome(findings)["violated"]:
+        raise typer.Exit(1)
 
 
 @cli.command("list")

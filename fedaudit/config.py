@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedaudit.attack_trigger import Trigger
 from fedaudit.errors import ConfigError
 from fedaudit.registry import ATTACKS, DATASETS, DEFENSES, MEASURES, MODELS, PARTITIONERS, Registry
 from fedaudit.spec import Scalar as Scalar
@@ -59,6 +60,15 @@ def _one_of(registry: Registry) -> AfterValidator:
 
 def _pieces(text: str) -> tuple[str, ...]:
     return tuple(piece.strip() for piece in text.split(",") if piece.strip())
+
+
+def _trigger(text: str) -> str:
+    if text:
+        try:
+            Trigger.parse(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    return text
 
 
 def _int_list(text: str) -> str:
@@ -198,6 +208,9 @@ class AttackConfig(Section):
     names: Annotated[str, _parts(ATTACKS)] = ""
     rounds: IntList = Field("1", description="rounds whose updates are attacked")
     clients: int = Field(1, ge=1, description="how many of the round's clients are attacked")
+    trigger: Annotated[str, AfterValidator(_trigger)] = Field(
+        "", description="attack clients for whom this holds, too: 'mutual-information > 3'"
+    )
     save_images: bool = Field(False, description="keep originals and reconstructions for the report")
 
 

@@ -1,9 +1,11 @@
 """Files that an audit keeps only if it is asked to: clients' raw updates, and what attacks reconstructed."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from fedaudit.errors import RecordError
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
@@ -59,31 +61,31 @@ def save_images(
     folder: Path,
     name: str,
     found: Reconstruction,
-    originals: Any,
+    originals: Tensor | None,
     update: ClientUpdate,
     ctx: RoundContext,
     results: Mapping[str, float],
 ) -> None:
-    """Keep originals and their matched reconstructions, scaled to [0, 1], as safetensors."""
+    """Keep originals, if there are any, and their matched reconstructions, scaled to [0, 1]."""
     from safetensors.torch import save_file
 
     from fedaudit.attacks import scores
 
     low, high = ctx.value_range
     clamped = found.x.detach().cpu().clamp(low, high)
-    rows, columns, _ = scores.match(clamped, originals)
+    kept = {"reconstruction": clamped}
+    if originals is not None:
+        rows, columns, _ = scores.match(clamped, originals)
+        kept = {"original": originals[columns], "reconstruction": clamped[rows]}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {
-            "original": ((originals[columns] - low) / (high - low)).float().contiguous(),
-            "reconstruction": ((clamped[rows] - low) / (high - low)).float().contiguous(),
-        },
+        {name: ((images - low) / (high - low)).float().contiguous() for name, images in kept.items()},
         folder / f"round-{update.round:05d}-client-{update.client_id}-{name}.safetensors",
         metadata={
             "attack": name,
             "round": str(update.round),
             "client": str(update.client_id),
-            "psnr": f"{results['psnr']:.4f}",
+            "psnr": f"{results.get('psnr', math.nan):.4f}",
             "conditions": json.dumps(dict(found.conditions), sort_keys=True),
         },
     )

@@ -163,6 +163,30 @@ MEASURES = Registry(
             "cosine of a client's update to the mean of the cohort",
             "fedaudit.measures.norms:UpdateCosine",
         ),
+        "input-curvature": (
+            "how strongly the loss curves around an example, at a client's weights",
+            "fedaudit.measures.input_curvature:InputCurvature",
+        ),
+        "gradient-sensitivity": (
+            "how strongly each layer's gradient responds to a change of the input",
+            "fedaudit.measures.gradient_sensitivity:GradientSensitivity",
+        ),
+        "subspace-distance": (
+            "angle between the gradients of examples with and without a latent attribute",
+            "fedaudit.measures.subspace_distance:SubspaceDistance",
+        ),
+        "usable-information": (
+            "nats a decoder finds in each layer's gradient about the input",
+            "fedaudit.measures.usable_information:UsableInformation",
+        ),
+        "usable-attribute-information": (
+            "nats a probe finds in each layer's gradient about a latent attribute",
+            "fedaudit.measures.usable_information:usable_attribute",
+        ),
+        "privacy-tokens": (
+            "nats by which an embedded gradient tells its batch from others",
+            "fedaudit.measures.privacy_tokens:PrivacyTokens",
+        ),
     },
 )
 ATTACKS = Registry(
@@ -183,6 +207,22 @@ ATTACKS = Registry(
         "local-steps": (
             "inversion of several local SGD steps, unrolled, with an epoch-order prior",
             "fedaudit.attacks.local_steps:LocalSteps",
+        ),
+        "linear-layer": (
+            "inputs read off the gradient of a linear first layer, exact for one example",
+            "fedaudit.attacks.linear_layer:LinearLayer",
+        ),
+        "spear": (
+            "whole batches, exactly, from a fully connected first layer with ReLU",
+            "fedaudit.attacks.spear:Spear",
+        ),
+        "r-gap": (
+            "one example of a small convolutional chain, layer by layer in closed form",
+            "fedaudit.attacks.conv_layer:RGAP",
+        ),
+        "imprint": (
+            "ACTIVE: reads a model that the server imprinted (Robbing the Fed)",
+            "fedaudit.attacks.imprint:Imprint",
         ),
     },
 )

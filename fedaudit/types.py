@@ -1,10 +1,10 @@
 """The values that travel between client, server, measures, attacks and records."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ class RoundContext:
         round: server round, from 1.
         build_model: returns a fresh model of the federation's architecture.
         loss: SUM-reduced loss (outputs, labels) -> scalar.
-        lr: local learning rate of this round.
+        lr: local learning rate of this round; None where a step is not lr times a gradient.
+        optimizer: the clients' optimiser, e.g. "sgd", "adam", "sgd with momentum".
         local_steps: optimiser steps per client; 0 or None means by epochs.
         local_epochs: passes over the local data where local_steps is not set.
         batch_size: local batch size (the expected one under Poisson sampling).
@@ -130,12 +131,14 @@ class RoundContext:
         seed: seed of everything random the observer does in this round.
         device: where to compute.
         num_updates: valid updates in this round.
+        shared: what measures of this round computed for one another, by name; not an input.
     """
 
     round: int
     build_model: Callable[[], nn.Module] | None = None
     loss: Loss | None = None
     lr: float | None = None
+    optimizer: str | None = None
     local_steps: int | None = None
     local_epochs: int | None = None
     batch_size: int | None = None
@@ -150,6 +153,7 @@ class RoundContext:
     seed: int = 0
     device: str = "cpu"
     num_updates: int = 0
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def steps(self, update: ClientUpdate) -> int | None:
         """Optimiser steps this client took, as agreed; None if unknown."""

@@ -56,6 +56,7 @@ def main(grid: Grid, context: Context) -> None:
         attacks=config.attack.names,
         attack_rounds=ints(config.attack.rounds),
         attack_clients=config.attack.clients,
+        attack_trigger=config.attack.trigger,
         defense=config.defense.name,
         every=config.audit.every,
         last_round=federation.rounds,

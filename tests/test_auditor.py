@@ -1,6 +1,7 @@
 """The auditor records what ran, what could not run, and why."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from fedaudit.auditor import Auditor
 from fedaudit.errors import RunFailedError
 from fedaudit.needs import Needs
 from fedaudit.records import load_run
-from fedaudit.types import ClientUpdate, Estimate, Guarantee, RoundContext, Skip
+from fedaudit.types import ClientUpdate, Estimate, Guarantee, Reconstruction, RoundContext, Skip
 
 
 def update(client: int, scale: float = 1.0) -> ClientUpdate:
@@ -220,3 +221,34 @@ def test_measures_see_the_guarantee_a_client_states(tmp_path, monkeypatch):
     stated = Guarantee(2.0, 1e-5, "example", "rdp")
     auditor.audit(1, [update(0), update(1)], guarantees={1: stated})
     assert seen == {0: None, 1: stated}
+
+
+class Sends:
+    """An attack that remembers whom it attacked."""
+
+    name, needs = "sends", Needs.NOTHING
+
+    def __init__(self):
+        self.seen = []
+
+    def reconstruct(self, update, ctx):
+        self.seen.append((update.round, update.client_id))
+        return Reconstruction(torch.zeros(1, 3), torch.zeros(1), 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "most", "expected"),
+    [
+        ("update-norm > 5", 9, [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]),  # round 1 is planned
+        ("update-norm > 5", 1, [(1, 0), (1, 2), (2, 2)]),  # the most extreme first
+        ("update-norm < 5", 9, [(1, 0), (1, 1), (1, 2), (2, 0)]),
+        ("", 9, [(1, 0), (1, 1), (1, 2)]),
+    ],
+)
+def test_a_measure_over_its_threshold_calls_for_an_attack(trigger, most, expected):
+    auditor = Auditor(None, "update-norm", attack_trigger=trigger, attack_rounds=(1,), attack_clients=most)
+    auditor.attacks = [Sends()]
+    for number in (1, 2):  # norms are 3.7, 7.5 and 11.2
+        moved = [replace(update(client, 1.0 + client), round=number) for client in range(3)]
+        auditor.audit(number, moved)
+    assert sorted(auditor.attacks[0].seen) == expected

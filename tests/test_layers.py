@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = """errors types needs spec registry config records progress vision opacus_parts resnet __version__
-accounting rank_correlation
+LAYERS = """\
+errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet __version__
+accounting rank_correlation claims
 measures attacks canaries defenses data models
-auditor audit_rows report training kept_files
+auditor audit_rows report training kept_files verification
 flower simulation
-app calibration cli watch __main__ __init__
+app calibration offline_attacks insight cli watch __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other

@@ -1,13 +1,12 @@
 """How an attack comes by the labels of a batch: told, derived from the head's gradient, or optimised."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedaudit.attacks.labels import idlg_label, label_counts
+from fedaudit.attacks.labels import estimate_mean_softmax, idlg_label, label_counts, uniform_inputs
 from fedaudit.types import RoundContext
 
 Labels = Literal["known", "idlg", "counts", "joint"]
@@ -82,16 +81,14 @@ def head_labels(
         raise ValueError("labels=idlg for a batch needs a head with a bias, got none: use labels=joint")
     inputs = ctx.reference[0] if use_reference and ctx.reference is not None else _noise(ctx)
     inputs = inputs.to(next(models[0].parameters()))
-    with torch.no_grad():
-        softmax = [copy.deepcopy(model)(inputs).softmax(dim=-1).mean(dim=0) for model in models]
+    softmax = [estimate_mean_softmax(model, inputs) for model in models]
     counts = label_counts(head, torch.stack(softmax).mean(dim=0).to(head.device), batch)
     return torch.repeat_interleave(torch.arange(num_classes), counts.cpu())
 
 
 def _noise(ctx: RoundContext) -> Tensor:
-    low, high = ctx.value_range
     generator = torch.Generator().manual_seed(ctx.seed)
-    return low + (high - low) * torch.rand(_DUMMIES, *(ctx.input_shape or ()), generator=generator)
+    return uniform_inputs(_DUMMIES, ctx.input_shape or (), ctx.value_range, generator)
 
 
 def _stated(text: str, batch: int, classes: int) -> Tensor:

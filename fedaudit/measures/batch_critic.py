@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from fedaudit.measures.mi_bounds import infonce
 
 _GROUP = 16  # clients that share one training step: more only cost time
-_FLOOR = 0.01  # noise variance assumed where there is less, relative to the strongest coordinate's signal
+# noise variance assumed on top of the channel's, relative to the strongest coordinate's signal: of a critic
+# that is told the gradients only against rounding, of one that learns them for what it gets wrong
+_ROUNDING, _LEARNED = 1e-8, 0.01
 _PATIENCE = 30  # steps without a better held-out value after which training stops
 _TEMPERATURES = 2.0 ** torch.arange(-6, 7)
 
@@ -58,13 +60,15 @@ class Pool:
 
     def _members(self, subsets: Tensor) -> Tensor:
         zeros = torch.zeros(len(subsets), len(self.features))
-        return zeros.scatter_(1, subsets, 1.0).to(self.features.device)
+        return zeros.scatter_(1, subsets, 1.0).to(self.features)
 
     def observe(self, members: Tensor, generator: torch.Generator) -> Tensor:
         """The noisy sums (K, d) of the batches' coordinates, as released."""
-        sums = members @ self.coordinates
-        noise = torch.randn(sums.shape, generator=generator).to(sums)
-        return sums + self.noise_std * noise
+        return self.noisy(members @ self.coordinates, generator)
+
+    def noisy(self, sums: Tensor, generator: torch.Generator) -> Tensor:
+        """Sums of coordinates (..., d) with the release's noise added."""
+        return sums + self.noise_std * torch.randn(sums.shape, generator=generator).to(sums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,27 +82,29 @@ class _Channel:
     @classmethod
     def of(cls, *pools: Pool) -> "_Channel":
         """The channels of these pools, stacked."""
-        device = pools[0].features.device
-        batch = torch.tensor([float(pool.batch) for pool in pools], device=device)[:, None, None]
-        noise = torch.tensor([pool.noise_std**2 for pool in pools], device=device)[:, None, None]
+        like = pools[0].features
+        batch = like.new_tensor([float(pool.batch) for pool in pools])[:, None, None]
+        noise = like.new_tensor([pool.noise_std**2 for pool in pools])[:, None, None]
         return cls(batch, batch * torch.stack([pool.variance for pool in pools]).unsqueeze(1), noise)
 
     def __getitem__(self, group: Tensor | int) -> "_Channel":
         return _Channel(self.batch[group], self.signal[group], self.noise[group])
 
-    @property
-    def floored(self) -> Tensor:
+    def floored(self, floor: float) -> Tensor:
         """Noise variance with a floor (..., 1, 1): no coordinate is trusted beyond it."""
-        return self.noise + _FLOOR * self.signal.amax(-1, keepdim=True)
+        return self.noise + floor * self.signal.amax(-1, keepdim=True)
 
 
 class BatchCritic(nn.Module):
     """Encoders of batches and observations, with a linear path beside every hidden layer.
 
     The last d features may hold the example's own coordinates in units of their standard deviation
-    (`informed`). The linear paths then start as the identity on them, and scores start as the Gaussian
-    log-likelihood of the observation given the batch, with a floor on the noise; the hidden layers learn
-    what that misses. Otherwise the map from examples to gradients is learned from nothing.
+    (`informed`). The linear paths then start as the identity on them and the hidden layers add nothing, so
+    scores start as EXACTLY the Gaussian log-likelihood of the observation given the batch; the hidden
+    layers learn what that misses. (Started at random instead, however small, they drown it on held-out
+    examples that lie many standard deviations from the critic-train ones, as in a model that has fitted
+    those.) Otherwise the map from examples to gradients is learned from nothing. Weights take the dtype of
+    the features they are fitted to; float64 keeps the likelihood of a noiseless sum exact.
 
     Args:
         features: F, features per example.
@@ -116,19 +122,22 @@ class BatchCritic(nn.Module):
         def weight(rows: int, columns: int, gain: float) -> nn.Parameter:
             return nn.Parameter(torch.randn(rows, columns, generator=generator) * gain / math.sqrt(rows))
 
-        small = 0.05 if informed else 0.5
+        def start(gain: float) -> float:
+            return 0.0 if informed else gain
+
+        self.floor = _ROUNDING if informed else _LEARNED
         self.example_in = weight(features, hidden, math.sqrt(2))
         self.example_bias = nn.Parameter(torch.zeros(hidden))
-        self.example_out = weight(hidden, dims, small)
-        self.example_skip = weight(features, dims, 0.0 if informed else 0.5)
+        self.example_out = weight(hidden, dims, start(0.5))
+        self.example_skip = weight(features, dims, start(0.5))
         if informed:
             self.example_skip.data[features - dims :] = torch.eye(dims)
         self.batch_in = weight(dims, hidden, math.sqrt(2))
         self.batch_bias = nn.Parameter(torch.zeros(hidden))
-        self.batch_out = weight(hidden, dims + 1, 0.05)
+        self.batch_out = weight(hidden, dims + 1, start(0.05))
         self.observation_in = weight(dims, hidden, math.sqrt(2))
         self.observation_bias = nn.Parameter(torch.zeros(hidden))
-        self.observation_out = weight(hidden, dims, 0.05)
+        self.observation_out = weight(hidden, dims, start(0.05))
         self.observation_skip = nn.Parameter(torch.eye(dims))
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.log_curvature = nn.Parameter(torch.zeros(()))
@@ -147,15 +156,16 @@ class BatchCritic(nn.Module):
         pooled = members @ codes / channel.batch.sqrt()
         mapped = torch.relu(pooled @ self.batch_in + self.batch_bias) @ self.batch_out
         phi = pooled + mapped[..., :-1]
-        spread = (channel.signal + channel.floored).sqrt()
+        noise = channel.floored(self.floor)
+        spread = (channel.signal + noise).sqrt()
         seen = observations / spread
         psi = seen @ self.observation_skip + (
             torch.relu(seen @ self.observation_in + self.observation_bias) @ self.observation_out
         )
         # with phi = mean / sqrt(signal) and psi = observation / spread these weights give the Gaussian
         # log-likelihood mean.observation / noise - mean^2 / (2 noise); both vanish as noise grows
-        cross = spread * channel.signal.sqrt() / channel.floored
-        own = -0.5 * self.log_curvature.exp() * (channel.signal / channel.floored * phi.square()).sum(-1)
+        cross = spread * channel.signal.sqrt() / noise
+        own = -0.5 * self.log_curvature.exp() * (channel.signal / noise * phi.square()).sum(-1)
         own = own + mapped[..., -1] * cross.mean(-1)
         return self.log_scale.exp() * (psi @ (cross * phi).transpose(-1, -2) + own.unsqueeze(-2))
 
@@ -191,7 +201,7 @@ def train_critic(
     """
     first = train[0]
     critic = BatchCritic(first.features.shape[1], first.coordinates.shape[1], hidden, informed, generator)
-    critic.to(first.features.device)
+    critic.to(first.features)
     stacked = _Stack(train)
     held = _Stack(validation)
     every = torch.arange(len(validation))
@@ -208,6 +218,8 @@ def train_critic(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
     )
     best, best_step, best_state = held_out(), 0, copy.deepcopy(critic.state_dict())
+    if best >= math.log(pairs) - 1e-6:  # at the ceiling nothing is left to learn
+        steps = 0
     for step in range(1, steps + 1):
         group = torch.randperm(len(train), generator=generator)[:_GROUP]
         drawn = stacked.draw(group, pairs, generator)
@@ -238,9 +250,14 @@ def evaluate_critic(
     """
     members = pool.draw_distinct(candidates, generator)
     observations = pool.observe(members, generator)
+    return score_batches(critic, pool, members, observations), members, observations
+
+
+def score_batches(critic: BatchCritic, pool: Pool, members: Tensor, observations: Tensor) -> Tensor:
+    """Scores (..., M, K) of observations (..., M, d) against batches of a pool (K, n), without gradients."""
     with torch.no_grad():
-        scores = critic(pool.features, members, observations, _Channel.of(pool)[0])
-    return scores, members, observations
+        scores: Tensor = critic(pool.features, members, observations, _Channel.of(pool)[0])
+    return scores
 
 
 def log_normaliser(
@@ -256,9 +273,7 @@ def log_normaliser(
     Donsker-Varadhan needs scores near ln p(y|x)/p(y); InfoNCE leaves a term of y alone free. Subtracting
     this one, an estimate of that term from batches other than those evaluated, fixes it.
     """
-    members = pool.draw(batches, generator)
-    with torch.no_grad():
-        scores: Tensor = temperature * critic(pool.features, members, observations, _Channel.of(pool)[0])
+    scores = temperature * score_batches(critic, pool, pool.draw(batches, generator), observations)
     return scores.logsumexp(-1, keepdim=True) - math.log(batches)
 
 
@@ -289,7 +304,7 @@ class _Stack:
         keys.masked_fill_(torch.arange(n) >= sizes, -1.0)  # padding is never drawn
         chosen = keys.topk(int(wanted.max()), dim=-1).indices
         ones = (torch.arange(chosen.shape[-1]) < wanted).to(keys).expand(chosen.shape)
-        return torch.zeros_like(keys).scatter_(-1, chosen, ones).to(self.features.device)
+        return torch.zeros_like(keys).scatter_(-1, chosen, ones).to(self.features)
 
     def observe(self, group: Tensor, members: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy sums (G, batches, d)."""

@@ -97,22 +97,23 @@ def build_pools(
     Everything is in units of the root mean square norm of a holding's critic-train gradients, so parties
     with different clipping are alike to the critic, and every mean and scale comes from critic-train
     examples. Features are whitened pixel components, centred one-hot labels and, if `informed`, the
-    example's own coordinates in units of their standard deviation.
+    example's own coordinates in units of their standard deviation. In float64, so that sums that differ
+    by little beside a large gradient they share are told apart.
     """
     scales, scaled = [], []
     for holding, rows in zip(holdings, coordinates, strict=True):
         scales.append(float(rows[: holding.sizes[0]].square().sum(1).mean().sqrt().clamp_min(1e-30)))
-        scaled.append(rows / scales[-1])
+        scaled.append(rows.double() / scales[-1])
     trained = torch.cat([rows[: h.sizes[0]] for rows, h in zip(scaled, holdings, strict=True)])
     mean, variance = trained.mean(0), trained.var(0, correction=0).clamp_min(1e-12)
     whiten = _whitening(torch.cat([h.x[: h.sizes[0]].flatten(1) for h in holdings]), dims)
     pools = []
     for holding, scale, rows in zip(holdings, scales, scaled, strict=True):
         centred = rows - mean
-        pieces = [whiten(holding.x.flatten(1)), one_hot(holding.y.long(), classes).float() - 1 / classes]
+        pieces = [whiten(holding.x.flatten(1)), one_hot(holding.y.long(), classes) - 1 / classes]
         if informed:
             pieces.append(centred / variance.sqrt())
-        features = torch.cat(pieces, 1)
+        features = torch.cat([piece.double() for piece in pieces], 1)
         noise = holding.release.noise_std / scale
         split: list[Pool] = []
         start = 0

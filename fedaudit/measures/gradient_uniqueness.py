@@ -13,19 +13,17 @@ where the leverage is close to 1 and needs no clamp.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedaudit.measures.cohort import BLOCK, parameter_blocks
+from fedaudit.measures.cohort import BLOCK, shared_gram
 from fedaudit.measures.ghost_kernels import clip_gram, example_gram
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Estimate, LocalEvidence, Observer, RoundContext, StepRelease
-
-_ROWS = 64  # rows of the cohort multiplied at a time: only the lower triangle is computed
 
 
 def gradient_uniqueness(gram: Tensor, ridge: float) -> Tensor:
@@ -69,6 +67,66 @@ def gradient_uniqueness(gram: Tensor, ridge: float) -> Tensor:
             f"{float(K.diagonal().mean()):.3g}: raise the ridge, or pass a Gram matrix of higher precision"
         )
     return 1 / (ridge * torch.cholesky_inverse(factor).diagonal()) - 1
+
+
+def diagonal_gradient_uniqueness(gradients: Tensor, eps: float) -> Tensor:
+    """Uniqueness with the second moment's diagonal alone: D_i = sum_p g_ip^2 / (sum_{k != i} g_kp^2 + eps).
+
+    Without unit. The first version's practical variant: P divisions instead of an inverse, but blind to how
+    coordinates go together, so gradients that are combinations of others may look unique, and a rotation of
+    the parameters changes the number. For comparison with `gradient_uniqueness`, which needs inner products
+    alone; no bound follows from it. Abdelghafar et al. 2025, arXiv 2510.10902v1.
+
+    Args:
+        gradients: per-example gradients (B, P) of a sum-reduced loss.
+        eps: added to every coordinate's second moment, > 0, in the unit of a squared gradient.
+
+    Returns:
+        D (B,), float64.
+
+    Raises:
+        ValueError: if eps is not positive and finite, or gradients is not a matrix.
+
+    >>> diagonal_gradient_uniqueness(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), eps=1.0)
+    tensor([0.5000, 4.5000], dtype=torch.float64)
+    """
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps is positive and finite, got {eps}: give e.g. 0.01")
+    if gradients.ndim != 2:
+        raise ValueError(f"gradients have shape (B, P), got {tuple(gradients.shape)}: flatten each example's")
+    found = torch.zeros(len(gradients), dtype=torch.float64, device=gradients.device)
+    width = max(1, BLOCK // max(1, len(gradients)))
+    for start in range(0, gradients.shape[1], width):
+        squares = gradients[:, start : start + width].detach().double().square()
+        others = _sums_of_others(squares)
+        found += (squares / (others + eps)).sum(1)
+    return found
+
+
+def _sums_of_others(values: Tensor) -> Tensor:
+    """For each row the sum of the other rows, without subtracting: a difference would lose small sums."""
+    before = values.cumsum(0).roll(1, 0)
+    after = values.flip(0).cumsum(0).flip(0).roll(-1, 0)
+    before[0], after[-1] = 0, 0
+    return before + after
+
+
+def self_influence(gram: Tensor) -> Tensor:
+    """TraceIn-self: the squared norms |g_i|^2 (B,) of per-example gradients, in the unit of gram.
+
+    What an example's own step does to its own loss, to first order and per unit of learning rate; the limit
+    of ridge * GNQ for a large ridge. It does not see whether other examples have the same gradient. One
+    checkpoint's term of TracIn, Pruthi et al. 2020, arXiv 2002.08484.
+
+    Raises:
+        ValueError: if gram is not square.
+
+    >>> self_influence(torch.tensor([[4.0, 1.0], [1.0, 9.0]]))
+    tensor([4., 9.], dtype=torch.float64)
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"a Gram matrix has shape (B, B), got {tuple(gram.shape)}: pass G @ G.T")
+    return gram.detach().diagonal().double().clone()
 
 
 def relative_ridge(gram: Tensor, share: float = 0.01) -> float:
@@ -115,35 +173,6 @@ def membership_bound(gnq: Tensor, sample_rate: float) -> Tensor:
     return (gnq.double().log1p() / 2).clamp(max=entropy)
 
 
-def cohort_gram(deltas: Sequence[Mapping[str, Tensor]], *, elements: int = BLOCK) -> Tensor:
-    """Inner products (N, N) of N updates, float64, accumulated over blocks of parameters.
-
-    Memory beside the updates is about 1.5 blocks (13 MB by default), whatever N and P are.
-
-    Args:
-        deltas: N updates by parameter name.
-        elements: numbers in one block (N, c) of parameters.
-
-    Returns:
-        K (N, N), float64, symmetric.
-
-    Raises:
-        ValueError: if there is no update, or names or shapes differ.
-
-    >>> cohort_gram([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 2.0])}]).tolist()
-    [[1.0, 1.0], [1.0, 5.0]]
-    """
-    N = len(deltas)
-    lower: list[Tensor] = []
-    for block in parameter_blocks(deltas, elements):
-        if not lower:
-            lower = [block.new_zeros(min(_ROWS, N - top), min(top + _ROWS, N)) for top in range(0, N, _ROWS)]
-        for top, part in zip(range(0, N, _ROWS), lower, strict=True):
-            part.addmm_(block[top : top + _ROWS], block[: top + _ROWS].T)
-    gram = torch.cat([nn.functional.pad(part, (0, N - part.shape[1])) for part in lower]).tril()
-    return gram + gram.tril(-1).T
-
-
 @dataclass
 class CohortGradientUniqueness:
     """How far a client's update stands out of the round's cohort: GNQ of the updates (server; exact).
@@ -178,7 +207,7 @@ class CohortGradientUniqueness:
         """One uniqueness per update, in order; 0 for all if all updates are zero."""
         if not updates:
             return []
-        gram = cohort_gram([update.delta for update in updates])
+        gram = shared_gram(updates, ctx)
         ridge = relative_ridge(gram, self.ridge_share)
         gnq = _uniqueness_or_zero(gram, ridge)
         rule = f"{self.ridge_share:g} * trace / N"
@@ -203,7 +232,8 @@ class ExampleGradientUniqueness:
     uncertainty of that size and bounds nothing if the observer has none. With p = 1 sampling leaves no
     uncertainty about who is in the step; what is left is whether an example is among the client's data at
     all, taken with the fair prior p = 1/2, the worst of all priors: the smallest ridge and the largest
-    H(p). `extra["prior"]` has the p used.
+    H(p). `extra["prior"]` has the p used; "trace-in-self" is the mean squared norm of the gradients, for
+    comparison.
 
     kind is "exact" if all local examples were used. Else it is "estimate": the mean is over a random subset,
     whose examples count only each other as others. At a fixed ridge that can only raise an example's GNQ, so
@@ -235,34 +265,66 @@ class ExampleGradientUniqueness:
 
     def __call__(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> list[Estimate]:
         """One mean uniqueness per update, in order."""
-        if ctx.evidence is None or ctx.build_model is None or ctx.loss is None:
-            raise ValueError(
-                f"{self.name} needs evidence, build_model and loss, got a context without: give all"
-            )
+        model = self._model(ctx)
+        estimates = []
+        for update in updates:
+            evidence = self._evidence(update, ctx)
+            chosen = _subset(len(evidence.x), self.examples, ctx.seed, update.client_id)
+            estimates.append(self._estimate(self._gram(model, update, evidence, chosen, ctx), evidence))
+        return estimates
+
+    def per_example(self, update: ClientUpdate, ctx: RoundContext) -> Tensor:
+        """GNQ of each of the client's own examples (n,) among all of them."""
+        evidence = self._evidence(update, ctx)
+        every = torch.arange(len(evidence.x))
+        gram = self._gram(self._model(ctx), update, evidence, every, ctx)
+        return _uniqueness_or_zero(gram, self._ridge(gram, evidence.release)[0])
+
+    def _model(self, ctx: RoundContext) -> nn.Module:
+        if ctx.build_model is None:
+            raise ValueError(f"{self.name} needs the model, got a context without: give build_model")
         model = ctx.build_model().to(ctx.device)
         model.train()
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
-        estimates = []
-        for update in updates:
-            model.load_state_dict(dict(update.before))
-            evidence = ctx.evidence(update)
-            chosen = _subset(len(evidence.x), self.examples, ctx.seed, update.client_id)
-            x, y = evidence.x[chosen].to(ctx.device), evidence.y[chosen].to(ctx.device)
-            gram = example_gram(model, ctx.loss, x, y, chunk=self.chunk)
-            estimates.append(self._estimate(gram, evidence))
-        return estimates
+        return model
+
+    def _evidence(self, update: ClientUpdate, ctx: RoundContext) -> LocalEvidence:
+        if ctx.evidence is None:
+            raise ValueError(
+                f"{self.name} needs the client's own examples, got a context without: give evidence"
+            )
+        return ctx.evidence(update)
+
+    def _gram(
+        self,
+        model: nn.Module,
+        update: ClientUpdate,
+        evidence: LocalEvidence,
+        chosen: Tensor,
+        ctx: RoundContext,
+    ) -> Tensor:
+        """Inner products of the chosen examples' gradients at the broadcast weights, clipped as released."""
+        if ctx.loss is None:
+            raise ValueError(f"{self.name} needs the loss, got a context without: give loss")
+        model.load_state_dict(dict(update.before))
+        x, y = evidence.x[chosen].to(ctx.device), evidence.y[chosen].to(ctx.device)
+        gram = example_gram(model, ctx.loss, x, y, chunk=self.chunk)
+        clip_norm = evidence.release.clip_norm
+        return gram if clip_norm is None else clip_gram(gram, clip_norm)
+
+    def _ridge(self, gram: Tensor, release: StepRelease) -> tuple[float, str]:
+        """The ridge and the rule it follows."""
+        prior = _prior(release)
+        if release.noise_std > 0:
+            return release.noise_std**2 / (prior * (1 - prior)), "noise variance / (p (1 - p))"
+        return relative_ridge(gram, self.ridge_share), f"{self.ridge_share:g} * trace / B"
 
     def _estimate(self, gram: Tensor, evidence: LocalEvidence) -> Estimate:
         release = evidence.release
-        if release.clip_norm is not None:
-            gram = clip_gram(gram, release.clip_norm)
         prior = _prior(release)
-        if release.noise_std > 0:
-            ridge, rule = release.noise_std**2 / (prior * (1 - prior)), "noise variance / (p (1 - p))"
-        else:
-            ridge, rule = relative_ridge(gram, self.ridge_share), f"{self.ridge_share:g} * trace / B"
+        ridge, rule = self._ridge(gram, release)
         gnq = _uniqueness_or_zero(gram, ridge)
         bound = membership_bound(gnq, prior)
         return Estimate(
@@ -272,6 +334,7 @@ class ExampleGradientUniqueness:
             extra={
                 "median": float(gnq.quantile(0.5)),
                 "max": float(gnq.max()),
+                "trace-in-self": float(self_influence(gram).mean()),
                 "ridge": ridge,
                 "ridge-rule": rule,
                 "examples": len(gnq),

@@ -16,6 +16,7 @@ from fedaudit.measures.batch_critic import (
     log_normaliser,
     train_critic,
 )
+from fedaudit.measures.batch_null import example_permutation_null, exceedance
 from fedaudit.measures.batch_pools import Holding, build_pools, gradient_coordinates, split_examples
 from fedaudit.measures.cohort import same_weights
 from fedaudit.measures.draws import generator_for
@@ -24,7 +25,6 @@ from fedaudit.measures.mi_bounds import (
     donsker_varadhan,
     gaussian_channel,
     infonce,
-    permutation_p_value,
     top1_accuracy,
 )
 from fedaudit.needs import Needs
@@ -58,13 +58,22 @@ class MutualInformation:
     reconstruct, and says nothing about steps after the first (`extra["local-steps"]` is 1 whatever the
     client did) or about protection added to the update after training.
 
-    Beside it: the Donsker-Varadhan value of the same scores (no bound at finite K), the p-value against
-    shuffled pairs, the top-1 accuracy (chance 1/K), InfoNCE under the known Gaussian likelihood of Y in
-    the same coordinates ("known-likelihood", where there is noise: what a perfect critic would reach),
-    and the Gaussian-channel value 1/2 logdet(I + b Cov(g)/s^2) of those coordinates, which no estimate of
-    it should exceed by more than its interval. The 95 % interval (low, high) covers the chance of which
-    noise and batches were evaluated, given the critic and the examples. So does the p-value: held-out
-    batches share a few dozen examples, and a chance relation among those examples counts as dependence.
+    Beside it: the Donsker-Varadhan value of the same scores, clipped to +-ln 512 about the level that 512
+    fresh batches give (no bound at finite K, and without noise only "large"), the p-value, the top-1
+    accuracy (chance 1/K), InfoNCE under the known Gaussian likelihood of Y in the same coordinates
+    ("known-likelihood", where there is noise: what a perfect critic would reach), and the Gaussian-channel
+    value 1/2 logdet(I + b Cov(g)/s^2) of those coordinates, which no estimate of it should exceed by more
+    than its interval. The 95 % interval (low, high) covers the chance of which noise and batches were
+    evaluated, given the critic and the examples; that the examples are few it does not cover.
+
+    The p-value answers "does this gradient say anything about this batch". Its null is that what the
+    critic sees of an example says nothing about the gradient the example contributes (or that the noise
+    hides all of it), and it is drawn by permuting EXAMPLES: each permutation gives the held-out examples
+    each other's gradients, sums the same batches from them, adds fresh noise and scores them ("null-mean"
+    is their mean). Shuffling which batch goes with which observation would ask something else, whether
+    THESE examples happen to be related to their gradients: batches share a few dozen examples, so a chance
+    relation among those is in every batch, and twice the nominal number of false alarms follows. A large
+    p-value does not say that there is no information.
 
     Observers: a client and an oracle use the client's own examples and release. A server does not have
     them: it uses its reference examples under each client's stated release, so its value depends on a
@@ -83,7 +92,7 @@ class MutualInformation:
         hidden: width of the critic's hidden layers.
         dims: largest number of gradient coordinates, and of pixel components.
         lr: peak learning rate of the critic.
-        permutations: shuffles behind the p-value.
+        permutations: permutations of examples behind the p-value; the smallest p is 1/(1 + permutations).
         examples: largest number of a client's examples to use, drawn at random.
         informed: whether the critic sees an example's own gradient beside its pixels and label.
     """
@@ -95,7 +104,7 @@ class MutualInformation:
     hidden: int = 64
     dims: int = 64
     lr: float = 3e-3
-    permutations: int = 999
+    permutations: int = 199
     examples: int = 256
     informed: bool = True
 
@@ -247,17 +256,20 @@ class MutualInformation:
         temperature = best_temperature(critic, validation, self.candidates, generator)
         scores, batches, observed = evaluate_critic(critic, held, self.candidates, generator)
         scores = (temperature * scores).double()
+        value = float(infonce(scores))
         normaliser = log_normaliser(critic, held, _REFERENCE, observed, temperature, generator)
-        p_value, null_mean = permutation_p_value(scores, self.permutations, generator)
+        most = math.log(_REFERENCE)  # a density ratio estimated from so many batches resolves no more
+        ratio = (scores - normaliser).clamp(-most, most)
+        null = example_permutation_null(critic, held, batches, temperature, self.permutations, generator)
         low, high = bootstrap_interval(scores, generator)
         extra: dict[str, float | int | str | bool] = {
             "ceiling": math.log(len(scores)),
             "candidates": len(scores),
             "batch": held.batch,
-            "p-value": p_value,
-            "null-mean": null_mean,
+            "p-value": exceedance(value, null),
+            "null-mean": float(null.mean()),
             "top-1": float(top1_accuracy(scores)),
-            "donsker-varadhan": float(donsker_varadhan(scores - normaliser)),
+            "donsker-varadhan": float(donsker_varadhan(ratio)),
             "temperature": temperature,
             **settings,
         }
@@ -267,4 +279,4 @@ class MutualInformation:
             extra["known-likelihood"] = float(infonce(likelihood))
             rows = torch.cat([pool.coordinates for pool in pools])
             extra["gaussian-channel"] = gaussian_channel(rows, held.batch, held.noise_std)
-        return Estimate(float(infonce(scores)), self.unit, "estimate", low, high, extra)
+        return Estimate(value, self.unit, "estimate", low, high, extra)

@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedaudit.measures.cohort import parameter_blocks, shared_shapes
+from fedaudit.measures.cohort import cohort_gram, shared_gram, shared_shapes
 from fedaudit.measures.layers import layers_of
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Estimate, Observer, RoundContext
+
+_ROUNDING = 1e-14
 
 
 def update_norms(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -58,17 +60,15 @@ def update_cosines(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:
     >>> update_cosines([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 0.0])}]).tolist()
     [1.0, 0.0]
     """
-    return _cosines(deltas)[0]
+    return _cosines(cohort_gram(deltas))[0]
 
 
-def _cosines(deltas: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (N,), squared norms of the updates (N,) and of their mean ()."""
-    sums = []
-    for block in parameter_blocks(deltas):
-        mean = block.mean(dim=0)
-        sums.append((torch.linalg.vector_norm(block, dim=1).square(), block @ mean, mean @ mean))
-    squared, dots, mean_squared = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
-    scale = (_finite(squared) * mean_squared).sqrt()
+def _cosines(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines (N,), squared norms of the updates (N,) and of their mean (), from inner products (N, N)."""
+    squared, dots, mean_squared = _finite(gram.diagonal()), gram.mean(1), gram.mean()
+    # where updates cancel, what is left of their mean is the rounding of N^2 inner products
+    mean_squared = torch.where(mean_squared > _ROUNDING * squared.mean(), mean_squared, 0.0)
+    scale = (squared * mean_squared).sqrt()
     return torch.where(scale > 0, dots / scale, 0.0), squared, mean_squared
 
 
@@ -135,7 +135,7 @@ class UpdateCosine:
         """One cosine per update, in order."""
         if not updates:
             return []
-        cosines, squared, mean_squared = _cosines([update.delta for update in updates])
+        cosines, squared, mean_squared = _cosines(shared_gram(updates, ctx))
         if float(mean_squared) == 0:
             reasons = ["the mean of the cohort is zero"] * len(updates)
         else:

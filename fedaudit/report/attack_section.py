@@ -10,7 +10,7 @@ from fedaudit.errors import RecordError
 from fedaudit.records import Run
 from fedaudit.report.display import count, number
 from fedaudit.report.evidence import Runs, gather
-from fedaudit.report.images import Recorded, picture, read_recorded, recorded_files
+from fedaudit.report.images import Array, Recorded, picture, read_recorded, recorded_files
 from fedaudit.report.markup import bullets, mapping, paragraph, table, text
 from fedaudit.report.quantities import describe
 from fedaudit.report.seeds import defense_of, seed_of
@@ -77,14 +77,21 @@ def _grids(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     return [_card(run, images) for _, run, images in recorded[:MAX_ATTACKS]], notes
 
 
+def _pair(original: Array | None, recovered: Array, score: float, uniform: float) -> str:
+    above = "" if original is None else f'<img alt="original" src="{picture(original)}">'
+    caption = (
+        "truth unknown" if original is None else f"{number(score, 1)} dB<br>uniform: {number(uniform, 1)} dB"
+    )
+    return (
+        f'<figure class="pair">{above}<img alt="reconstruction" src="{picture(recovered)}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
 def _card(run: Run, images: Recorded) -> str:
-    shown = list(zip(images.original, images.reconstruction, images.psnr, images.uniform_psnr, strict=True))
-    pairs = [
-        f'<figure class="pair"><img alt="original" src="{picture(original)}">'
-        f'<img alt="reconstruction" src="{picture(recovered)}">'
-        f"<figcaption>{number(score, 1)} dB<br>uniform: {number(uniform, 1)} dB</figcaption></figure>"
-        for original, recovered, score, uniform in shown[:MAX_PAIRS]
-    ]
+    originals = [None] * len(images.reconstruction) if images.original is None else list(images.original)
+    shown = list(zip(originals, images.reconstruction, images.psnr, images.uniform_psnr, strict=True))
+    pairs = [_pair(*each) for each in shown[:MAX_PAIRS]]
     finite = [score for score in images.psnr if math.isfinite(score)]
     mean = f"mean PSNR {number(sum(finite) / len(finite), 1)} dB" if finite else "PSNR undefined"
     extent = "" if len(shown) <= MAX_PAIRS else f"; {MAX_PAIRS} of {count(len(shown), 'image')} shown"

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fedaudit.records import Run, write_text
 from fedaudit.report import markup
-from fedaudit.report.display import NOTHING, count, interval, signed
+from fedaudit.report.display import NOTHING, count, signed
 from fedaudit.report.document import document
 from fedaudit.report.provenance import configuration, run_list, versions
 from fedaudit.report.style import OKABE_ITO, RULE, Figure, new_figure, safe, style_figure
@@ -51,7 +51,7 @@ def table_of(correlations: pd.DataFrame) -> pd.DataFrame:
             found = part[part["scope"] == scope].iloc[0]
             rho = float(found["rho"])
             row[f"ρ {scope}"] = NOTHING if math.isnan(rho) else signed(rho, 2)
-            row[f"95 % {scope}"] = interval(found["low"], found["high"])
+            row[f"95 % {scope}"] = _range(float(found["low"]), float(found["high"]))
             row[f"{scope}: reading"] = verdict(found["low"], found["high"])
         row["Points"] = f"{int(part['points'].iloc[0]):,}"
         row["Clients"] = f"{int(part['clients'].iloc[0]):,}"
@@ -59,27 +59,31 @@ def table_of(correlations: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _range(low: float, high: float) -> str:
+    """Both ends to two decimals: a correlation has no more."""
+    return NOTHING if math.isnan(low) or math.isnan(high) else f"{signed(low, 2)} to {signed(high, 2)}"
+
+
 def rich_table(correlations: pd.DataFrame) -> Table:
-    """The same for a terminal: rho with its interval below it."""
+    """The same for a terminal, one block per success."""
     shown = table_of(correlations)
-    size = (
-        f"{shown['Points'].iloc[0]} points of {shown['Clients'].iloc[0]} clients"
-        if len(shown)
-        else "no points"
-    )
+    size = f"{shown['Points'].iloc[0]} points of {shown['Clients'].iloc[0]} clients" if len(shown) else ""
     table = Table(
         title="Does the measure predict the attack?",
-        caption=f"Spearman's ρ, 95 % interval over clients; {size}",
+        caption=f"Spearman's ρ (95 % interval over clients); {size or 'no points'}",
         box=box.SIMPLE_HEAD,
         title_justify="left",
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("Success")
-    table.add_column("Measure", style="bold", overflow="fold")
+    table.add_column("Measure", overflow="fold")
     for scope in SCOPES:
-        table.add_column(f"ρ {scope}", justify="right")
-    for _, row in shown.iterrows():
-        cells = [f"{row[f'ρ {scope}']}\n{row[f'95 % {scope}']}" for scope in SCOPES]
-        table.add_row(*map(escape, (row["Success"], row["Measure"], *cells)))
+        table.add_column(f"ρ {scope}", justify="right", no_wrap=True)
+    for success, part in shown.groupby("Success", sort=False):
+        table.add_row(f"[bold]{escape(str(success))}[/bold]")
+        for last, (_, row) in enumerate(part.iterrows(), 1):
+            pairs = [(row[f"ρ {scope}"], row[f"95 % {scope}"]) for scope in SCOPES]
+            cells = [rho if rho == NOTHING else f"{rho} ({ends})" for rho, ends in pairs]
+            table.add_row(*map(escape, (f"  {row['Measure']}", *cells)), end_section=last == len(part))
     return table
 
 

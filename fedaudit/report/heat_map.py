@@ -18,7 +18,6 @@ from fedaudit.report.style import (
     lay_out,
     new_figure,
     only,
-    round_ticks,
     safe,
     unit_of,
     wrap,
@@ -68,7 +67,7 @@ def heat_map(
         raw = grid.to_numpy(dtype=float)
         figure.add_heatmap(
             z=_colour_values(raw, wide),
-            x=rounds,
+            x=[str(number) for number in rounds],
             y=[str(label) for label in grid.index],
             coloraxis="coloraxis",
             customdata=[[number(value) for value in row] for row in raw] if raw.size <= 5000 else None,
@@ -95,7 +94,8 @@ def heat_map(
     figure.update_layout(
         coloraxis=_colours(part, quantity, wide), margin={"t": 110, "b": 55, "l": 70, "r": 20}
     )
-    figure.update_xaxes(title_text="Round", showgrid=False, **round_ticks(rounds))
+    # one cell per audited round, however far apart they are
+    figure.update_xaxes(title_text="Round", showgrid=False, type="category", nticks=14)
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False, automargin=True)
     figure.update_yaxes(title_text="Client group (rank of mean)" if grouped else WORDS[by], col=1)
     for column in range(2, across + 1 if same else 0):

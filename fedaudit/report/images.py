@@ -28,7 +28,7 @@ class Recorded:
     """One attacked update: pairs of images and what the attack assumed.
 
     Attributes:
-        original: true images (B, C, H, W) in [0, 1].
+        original: true images (B, C, H, W) in [0, 1]; None where nobody knows them.
         reconstruction: what the attack recovered, in the same order.
         attack: its name.
         round: server round.
@@ -36,7 +36,7 @@ class Recorded:
         conditions: what the attack assumed.
     """
 
-    original: Array
+    original: Array | None
     reconstruction: Array
     attack: str
     round: int
@@ -45,12 +45,16 @@ class Recorded:
 
     @property
     def psnr(self) -> list[float]:
-        """PSNR of each pair in dB."""
+        """PSNR of each pair in dB; NaN without originals."""
+        if self.original is None:
+            return [math.nan] * len(self.reconstruction)
         return [psnr(a, b) for a, b in zip(self.original, self.reconstruction, strict=True)]
 
     @property
     def uniform_psnr(self) -> list[float]:
-        """PSNR in dB that a uniform image of each original's own mean would have."""
+        """PSNR in dB that a uniform image of each original's own mean would have; NaN without originals."""
+        if self.original is None:
+            return [math.nan] * len(self.reconstruction)
         return [psnr(image, np.full_like(image, image.mean())) for image in self.original]
 
 
@@ -80,15 +84,16 @@ def read_recorded(path: Path) -> Recorded:
     try:
         with safe_open(path, framework="numpy") as file:
             meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("original", "reconstruction")}
+            tensors = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}  # noqa: SIM118
         conditions = json.loads(meta.get("conditions", "{}"))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise RecordError(f"{path.name} is not a readable file of reconstructions: {error}") from error
-    original, reconstruction = (tensors[name].astype(np.float64) for name in ("original", "reconstruction"))
-    if original.shape != reconstruction.shape or original.ndim != 4:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    original, reconstruction = tensors.get("original"), tensors.get("reconstruction")
+    if reconstruction is None or len(set(shapes.values())) != 1 or reconstruction.ndim != 4:
         raise RecordError(
-            f"reconstructions are two equal batches (B, C, H, W), got {original.shape} and "
-            f"{reconstruction.shape} in {path.name}: record images only"
+            f"reconstructions are two equal batches (B, C, H, W), got {shapes} in {path.name}: "
+            "record images only"
         )
     return Recorded(
         original=original,

@@ -8,6 +8,7 @@ import pandas as pd
 from fedaudit.records import Run, write_text
 from fedaudit.report import markup, template
 from fedaudit.report.attack_section import attack_section
+from fedaudit.report.disclosure import disclosed_by_client
 from fedaudit.report.display import comparison_text, count, interval, number, signed
 from fedaudit.report.document import document
 from fedaudit.report.evidence import Evidence, gather
@@ -17,11 +18,16 @@ from fedaudit.report.guarantees import NO_GUARANTEE
 from fedaudit.report.heat_map import heat_map
 from fedaudit.report.provenance import audited, configuration, notices, run_list, versions
 from fedaudit.report.quantities import PRIVACY, describe, with_unit
-from fedaudit.report.seeds import quantities_in, shown_observer
+from fedaudit.report.seeds import defense_of, quantities_in, seed_of, shown_observer
 from fedaudit.report.tables import comparison_table, paired_differences, problems, settings
 
 MAX_PROBLEMS, MAX_HEAT_MAPS, TRANSPOSE_UP_TO = 200, 6, 5
-MAX_TITLE = 70
+MAX_TITLE, MAX_DISCLOSED = 70, 5
+DISCLOSURE = (
+    "Bits about whether an example is in a client's data, added up over the audited rounds by the chain rule "
+    "and capped at the one bit there is to know: the bound 1/2 log2(1 + GNQ) of each round's first step. It "
+    "covers an observer who is unsure of the other examples, and takes their sum as Gaussian."
+)
 ROLE_TITLES = {
     "utility": "Utility",
     "leakage": "Leakage",
@@ -58,6 +64,7 @@ def render(runs: Sequence[Run]) -> str:
         "scatter": ("Utility against leakage", _scatter(evidence)),
         "rounds": ("Over rounds", _over_rounds(rows, defenses)),
         "clients": ("Who leaks, and when", _heat_maps(rows, defenses)),
+        "ledger": ("Membership disclosure over all rounds", _disclosure(evidence.runs)),
         "layers": ("Which layer leaks what", _layer_maps(evidence.layers, defenses)),
         "attacks": ("Attacks", [attack_section(evidence)]),
         "missing": ("Skipped, failed and rejected", _problems(evidence)),
@@ -192,6 +199,38 @@ def _heat_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
     if len(names) > MAX_HEAT_MAPS:
         plots.append(markup.paragraph(f"{MAX_HEAT_MAPS} of {len(names)} measures are drawn.", "quiet"))
     return plots
+
+
+def _disclosure(runs: Sequence[Run]) -> list[str]:
+    frames = []
+    for run in runs:
+        steps = int(run.info.get("config", {}).get("train.local-steps", 0)) or None
+        found = disclosed_by_client(run.records, steps)
+        frames.append(found.assign(defense=defense_of(run), seed=seed_of(run)))
+    frame = pd.concat(frames) if frames else pd.DataFrame()
+    if not len(frame):
+        return []
+    worst = frame.sort_values("worst_bits", ascending=False, kind="stable").groupby("defense", sort=False)
+    top = worst.head(MAX_DISCLOSED)
+    shown = pd.DataFrame(
+        {
+            "Defense": top["defense"],
+            "Seed": top["seed"],
+            "Client": top["client_id"],
+            "Observer": top["observer"],
+            "Mean example [bits]": top["mean_bits"].map(number),
+            "Worst example [bits]": top["worst_bits"].map(number),
+            "Rounds": top["rounds"].astype(str) + " of " + top["rounds_joined"].astype(str),
+            "Kind": top["kind"],
+            "Why no upper bound": top["reason"],
+        }
+    ).sort_values("Defense", kind="stable")
+    right = ["Mean example [bits]", "Worst example [bits]", "Rounds"]
+    return [
+        markup.paragraph(DISCLOSURE),
+        markup.table(shown, right=right, long=["Why no upper bound"]),
+        markup.paragraph(f"The {MAX_DISCLOSED} most exposed clients of each defense.", "quiet"),
+    ]
 
 
 def _layer_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:

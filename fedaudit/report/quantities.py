@@ -132,6 +132,70 @@ _KNOWN = (
         limits="Not about a single example, and not against a server that sees each update separately.",
     ),
     Quantity(
+        "privacy-tokens",
+        "Privacy-token information",
+        "leakage",
+        "mean",
+        -1,
+        meaning="Held-out InfoNCE, in nats, of a critic that sees a learnt summary of the gradient (the "
+        "privacy token) and the model's own activations for the batch.",
+        limits="Not an upper bound, at most ln K, and not the published statistic, which is the "
+        "difference on training batches and stands under the settings.",
+    ),
+    Quantity(
+        "usable-information",
+        "Usable information about the input",
+        "leakage",
+        "mean",
+        -1,
+        meaning="Nats by which a stated family of decoders narrows down an example's pixels when it sees the "
+        "released gradient, on held-out examples.",
+        limits="Relative to the decoders: another family, or an attack that optimises, may find more. "
+        "Negative values mean that decoding did worse than guessing. It grows with the number of examples.",
+    ),
+    Quantity(
+        "usable-attribute-information",
+        "Usable information about an attribute",
+        "leakage",
+        "mean",
+        -1,
+        meaning="Nats a probe gains about a latent attribute of an example from its released gradient, on "
+        "held-out examples; at most the attribute's entropy.",
+        limits="Relative to the probe, and noisy with few examples. Negative values mean worse than "
+        "guessing.",
+    ),
+    Quantity(
+        "subspace-distance",
+        "Subspace distance by attribute",
+        "leakage",
+        "mean",
+        -1,
+        meaning="Angle in radians between the main directions of gradients with and without a latent "
+        "attribute, minus that between random halves with the same attribute.",
+        limits="Read it against the null's spread under the settings: within it, nothing was found.",
+    ),
+    Quantity(
+        "gradient-sensitivity",
+        "Gradient sensitivity",
+        "leakage",
+        "mean",
+        0,
+        meaning="How much the gradient of an example changes, relative to itself, when the example does.",
+        limits="Of the unprotected gradient: clipping and noise do not enter. A large value does not say "
+        "that an inversion succeeds.",
+    ),
+    Quantity(
+        "input-curvature",
+        "Input-loss curvature",
+        "leakage",
+        "mean",
+        0,
+        meaning="Second derivative of the loss by the input (see the variant under the settings), a proxy "
+        "for how strongly examples are memorised.",
+        limits="A ranking within one task; no absolute scale, no bound. Beside an example-level guarantee "
+        "the settings hold the most memorisation that it allows.",
+    ),
+    Quantity(
         "update-norm",
         "Update norm",
         "update",

@@ -122,7 +122,7 @@ def test_the_batch_norm_prior_is_zero_on_the_batch_whose_statistics_were_kept() 
     gap = (features.mean(1) - norm.running_mean).norm() + (
         features.var(1, unbiased=False) - norm.running_var
     ).norm()
-    assert float(prior(other).detach()) == pytest.approx(10 * float(gap))
+    assert float(prior(other).detach()) == pytest.approx(10 * float(gap.detach()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert bn_statistics(nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(3, 3))) is None
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedaudit.measures.batch_critic import (
     BatchCritic,
@@ -15,7 +14,7 @@ from fedaudit.measures.batch_critic import (
     evaluate_critic,
     train_critic,
 )
-from fedaudit.measures.mi_bounds import infonce, permutation_p_value
+from fedaudit.measures.mi_bounds import infonce
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -48,17 +47,28 @@ def test_scores_do_not_depend_on_the_order_of_the_examples() -> None:
     )
 
 
-def test_an_informed_critic_without_its_hidden_layers_is_the_gaussian_likelihood() -> None:
-    pool = linear_pool(20, 5, 3.0, 5)
-    pool = Pool(pool.coordinates / pool.variance.sqrt(), pool.coordinates, pool.variance, 3.0, 5)
-    critic = BatchCritic(4, 4, 8, True, seeded(6))
-    with torch.no_grad():
-        for weight in (critic.example_out, critic.batch_out, critic.observation_out):
-            weight.zero_()
+def told_pool(n: int, noise: float, seed: int, spread: float = 1.0) -> Pool:
+    """Features are the coordinates themselves, some of them `spread` times as large as the rest."""
+    pool = linear_pool(n, 5, noise, seed)
+    coordinates = pool.coordinates.double() * torch.where(torch.arange(n) < n // 4, spread, 1.0)[:, None]
+    variance = torch.tensor([1.0, 0.5, 0.1, 1e-6], dtype=torch.float64)
+    return Pool(coordinates / variance.sqrt(), coordinates, variance, noise, 5)
+
+
+@pytest.mark.parametrize("noise", [0.01, 3.0])
+def test_an_untrained_informed_critic_is_the_gaussian_likelihood(noise: float) -> None:
+    pool = told_pool(20, noise, 5)
+    critic = BatchCritic(4, 4, 8, True, seeded(6)).double()
     scores, members, observed = evaluate_critic(critic, pool, 16, seeded(7))
-    floor = 0.01 * pool.batch * float(pool.variance.max())  # the floor on the noise variance
-    likelihood = -torch.cdist(observed, members @ pool.coordinates).square() / (2 * (9.0 + floor))
-    torch.testing.assert_close(scores.log_softmax(-1), likelihood.log_softmax(-1), atol=1e-4, rtol=1e-4)
+    likelihood = -torch.cdist(observed, members @ pool.coordinates).square() / (2 * noise**2)
+    torch.testing.assert_close(scores.log_softmax(-1), likelihood.log_softmax(-1), atol=1e-3, rtol=1e-3)
+
+
+def test_a_noiseless_sum_names_its_batch_also_where_few_examples_are_ten_thousand_times_as_large() -> None:
+    pool = told_pool(20, 0.0, 8, spread=1e4)
+    critic = BatchCritic(4, 4, 8, True, seeded(9)).double()
+    scores, _, _ = evaluate_critic(critic, pool, 64, seeded(10))
+    assert float(infonce(scores)) > math.log(64) - 1e-6
 
 
 def test_padded_draws_hold_each_pools_own_examples_only() -> None:
@@ -109,24 +119,3 @@ def test_training_learns_an_unknown_linear_map_from_examples_to_gradients() -> N
 def test_training_on_unrelated_features_finds_about_nothing() -> None:
     train, held = [unrelated_pool(60, 3, 0.3, 23)], [unrelated_pool(20, 3, 0.3, 24)]
     assert trained_value(train, held, unrelated_pool(60, 3, 0.3, 25), 100) < 0.2
-
-
-def shuffled_pair_p_value(seed: int) -> float:
-    """A critic trained where X and Y belong together, evaluated where Y comes from other batches."""
-    train, held = [linear_pool(30, 3, 1.0, 3 * seed)], [linear_pool(12, 3, 1.0, 3 * seed + 1)]
-    evaluated = linear_pool(30, 3, 1.0, 3 * seed + 2)
-    critic, _ = train_critic(
-        train, held, pairs=32, steps=20, hidden=16, informed=False, lr=1e-2, generator=seeded(seed)
-    )
-    members = evaluated.draw_distinct(32, seeded(seed))
-    others: Tensor = evaluated.observe(evaluated.draw(32, seeded(seed + 10_000)), seeded(seed))
-    with torch.no_grad():
-        scores = critic(evaluated.features, members, others, _Channel.of(evaluated)[0])
-    return permutation_p_value(scores.double(), 199, seeded(seed))[0]
-
-
-@pytest.mark.slow
-def test_the_p_value_is_below_its_level_about_as_often_as_it_says_when_pairs_are_shuffled() -> None:
-    repeats = 200
-    rejected = sum(shuffled_pair_p_value(seed) <= 0.05 for seed in range(repeats)) / repeats
-    assert abs(rejected - 0.05) < 4 * math.sqrt(0.05 * 0.95 / repeats)

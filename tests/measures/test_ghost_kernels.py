@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedaudit.measures import ghost_kernels
+from fedaudit.measures import ghost_kernels, gram_shares
 from fedaudit.measures.ghost_kernels import clip_gram, example_gradients, example_gram
+from fedaudit.models import build_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # attention under vmap
@@ -111,6 +112,65 @@ class Frames(nn.Module):
         return frames.reshape(len(x), -1)
 
 
+class Attention(nn.Module):
+    """Attention of the tokens to each other, or of learned queries to the tokens."""
+
+    def __init__(self, batch_first=True, queries=0):
+        super().__init__()
+        self.batch_first = batch_first
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.queries = nn.Parameter(torch.randn(1, queries, 4)) if queries else None
+
+    def forward(self, x):  # (b, T, 4)
+        queries = x if self.queries is None else self.queries.expand(len(x), -1, -1)
+        if self.batch_first:
+            return self.attention(queries, x, x)[0]
+        queries, x = queries.transpose(0, 1), x.transpose(0, 1)
+        return self.attention(queries, x, x, need_weights=False)[0].transpose(0, 1)
+
+
+class Recurrent(nn.Module):
+    """The last output of a recurrent layer, linearly read."""
+
+    def __init__(self, kind, batch_first=True, **options):
+        super().__init__()
+        self.layer = kind(4, 3, batch_first=batch_first, **options)
+        self.batch_first = batch_first
+        self.read = nn.Linear(3 * (2 if options.get("bidirectional") else 1), 2)
+
+    def forward(self, x):  # (b, T, 4)
+        outputs, _ = self.layer(x if self.batch_first else x.transpose(0, 1))
+        return self.read(outputs[:, -1] if self.batch_first else outputs[-1])
+
+
+class Cell(nn.Module):
+    """A recurrent cell, called once for every token."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(4, 3)
+
+    def forward(self, x):
+        state = None
+        for token in x.unbind(1):
+            state = self.cell(token, state)
+        return state[0]
+
+
+class Classifier(nn.Module):
+    """Two layers of a Transformer's encoder on tokens."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+        self.embedding, self.places = nn.Embedding(7, 8), nn.Embedding(4, 8)
+        self.encoder, self.read = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.places(torch.arange(4))
+        return self.read(self.encoder(x).mean(1))
+
+
 class HiddenUse(nn.Module):
     """Uses a weight in a linear layer and once more where no function mode can see it."""
 
@@ -200,8 +260,34 @@ CASES = {
     "conv-one-place": (lambda: convolution(size=(6, 7), out=30, inside=4, groups=2), IMAGE),
     "conv-frames": (Frames, (3, 2, 7, 7)),
     "conv1d": (lambda: nn.Conv1d(4, 2, 3), SEQUENCE),
+    "conv1d-reflected": (lambda: nn.Conv1d(4, 6, 3, 2, 1, groups=2, padding_mode="reflect"), SEQUENCE),
+    "conv3d": (lambda: nn.Conv3d(4, 6, (2, 1, 3), (1, 2, 1), (1, 0, 2), groups=2), (4, 3, 4, 3)),
+    "conv3d-same": (lambda: nn.Conv3d(2, 3, 2, padding="same", dilation=(1, 2, 1)), (2, 3, 4, 3)),
+    "conv3d-replicated": (lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="replicate"), (2, 3, 2, 3)),
+    "conv-transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2), IMAGE),
+    "conv1d-transposed": (lambda: nn.ConvTranspose1d(4, 3, 2), SEQUENCE),
     "group-norm": (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(168, 2)), IMAGE),
     "layer-norm": (lambda: nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3)), SEQUENCE),
+    "layer-norm-over-two": (lambda: nn.Sequential(nn.LayerNorm((4, 5)), nn.Linear(5, 3)), (3, 4, 5)),
+    "layer-norm-without-shift": (lambda: nn.Sequential(nn.LayerNorm(5, bias=False), nn.Tanh()), SEQUENCE),
+    "group-norm-of-vectors": (lambda: nn.Sequential(nn.GroupNorm(2, 6), nn.Linear(6, 3)), (6,)),
+    "instance-norm": (lambda: nn.InstanceNorm2d(4, affine=True), IMAGE),
+    "instance-norm-1d": (lambda: nn.InstanceNorm1d(4, affine=True), SEQUENCE),
+    "instance-norm-3d": (lambda: nn.InstanceNorm3d(2, affine=True, eps=0.1), (2, 2, 3, 2)),
+    "instance-norm-that-tracks": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), IMAGE),
+    "instance-norm-of-running-statistics": (
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(),
+        IMAGE,
+    ),
+    "self-attention": (Attention, (3, 4)),
+    "self-attention-tokens-first": (lambda: Attention(batch_first=False), (3, 4)),
+    "cross-attention": (lambda: Attention(queries=2), (3, 4)),
+    "cross-attention-tokens-first": (lambda: Attention(batch_first=False, queries=2), (3, 4)),
+    "rnn": (lambda: Recurrent(nn.RNN), (3, 4)),
+    "lstm": (lambda: Recurrent(nn.LSTM), (3, 4)),
+    "lstm-tokens-first": (lambda: Recurrent(nn.LSTM, batch_first=False), (3, 4)),
+    "gru-two-layers-both-ways": (lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True), (3, 4)),
+    "lstm-cell": (Cell, (3, 4)),
     "bare-parameter": (Scaled, VECTOR),
     "repeated": (Repeated, (3, 4)),
     "batch-inside": (BatchInside, (6, 4)),
@@ -218,6 +304,10 @@ TOKENS = {
     "embedding-sparse": lambda: nn.Embedding(7, 5, sparse=True),
     "embedding-then-linear": lambda: nn.Sequential(nn.Embedding(7, 5), nn.Tanh(), nn.Linear(5, 3)),
     "tied": Tied,
+    "embedding-bag": lambda: nn.EmbeddingBag(7, 5),
+    "transformer": Classifier,
+    "transformer-in-eval": lambda: Classifier().eval(),
+    "transformer-with-dropout-in-eval": lambda: Classifier(dropout=0.3).eval(),
 }
 
 
@@ -238,7 +328,7 @@ def test_gram_equals_a_loop_over_the_examples(name):
     assert relative_error(example_gram(model, squares, x, y), G @ G.T) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["linear-over-sequence", "conv-groups", "cnn", "tied", "attention"])
+@pytest.mark.parametrize("name", [*CASES, *TOKENS])
 def test_gram_of_single_precision_models_is_accurate(name):
     model, x, y = build(name, torch.float32)
     G = loop_gradients(model, squares, x, y).double()
@@ -247,9 +337,40 @@ def test_gram_of_single_precision_models_is_accurate(name):
     assert relative_error(gram, G @ G.T) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gram_of_a_resnet_equals_a_loop_over_the_examples(dtype):
+    model = build_model("resnet18", (3, 8, 8), 4, seed=0).to(dtype)
+    torch.manual_seed(1)
+    x, y = torch.randn(3, 3, 8, 8, dtype=dtype), torch.tensor([0, 1, 3])
+    G = loop_gradients(model, cross_entropy, x, y).double()
+    gram = example_gram(model, cross_entropy, x, y)
+    assert relative_error(gram, G @ G.T) < (1e-9 if dtype == torch.float64 else 1e-4)
+
+
+def test_examples_run_one_by_one_only_where_vmap_cannot(caplog):
+    with caplog.at_level("INFO", logger="fedaudit"):
+        for name in ("cnn", "transformer", "instance-norm-that-tracks", "self-attention"):
+            model, x, y = build(name)
+            example_gram(model, squares, x, y)
+        assert not caplog.records
+        model, x, y = build("lstm")
+        example_gram(model, squares, x, y)
+    assert ["runs example by example" in record.message for record in caplog.records] == [True]
+
+
+def test_what_is_wrong_with_a_model_is_raised_and_not_tried_around():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).reshape(-1, 7)
+
+    model, x, y = Broken(5, 3), torch.randn(3, 5), torch.zeros(3)
+    with pytest.raises(RuntimeError, match="invalid for input of size 3"):
+        example_gram(model, squares, x, y)
+
+
 @pytest.mark.parametrize("form", ["_add_ghost", "_add_materialised"])
 @pytest.mark.parametrize(
-    "name", ["linear", "linear-over-sequence", "conv-depthwise", "conv-stride", "repeated"]
+    "name", ["linear", "linear-over-sequence", "conv-depthwise", "conv-stride", "conv3d", "repeated"]
 )
 @pytest.mark.parametrize("block", [1, 50, 2**20])
 def test_both_forms_agree_at_every_block_size(monkeypatch, form, name, block):
@@ -259,12 +380,13 @@ def test_both_forms_agree_at_every_block_size(monkeypatch, form, name, block):
     def forced(gram, maps, chunk):
         places = sum(m.places for m in maps)
         if form == "_add_ghost":
-            ghost_kernels._add_ghost(gram, maps, places, chunk)
+            gram_shares._add_ghost(gram, maps, places, chunk)
         else:
-            ghost_kernels._add_materialised(gram, maps, places)
+            gram_shares._add_materialised(gram, maps, places)
 
-    monkeypatch.setattr(ghost_kernels, "BLOCK", block)
-    monkeypatch.setattr(ghost_kernels, "_add_weight", forced)
+    monkeypatch.setattr(gram_shares, "BLOCK", block)
+    monkeypatch.setattr(gram_shares, "SMALL", block)
+    monkeypatch.setattr(gram_shares, "_add_weight", forced)
     assert relative_error(example_gram(model, squares, x, y), G @ G.T) < 1e-9
 
 
@@ -282,18 +404,24 @@ def test_the_cheaper_form_is_chosen_from_shapes(monkeypatch, name, form):
     model, x, y = build(name)
     taken = []
     for candidate in ("_add_ghost", "_add_materialised"):
-        original = getattr(ghost_kernels, candidate)
+        original = getattr(gram_shares, candidate)
 
         def noted(*args, _name=candidate, _original=original):
             taken.append(_name)
             _original(*args)
 
-        monkeypatch.setattr(ghost_kernels, candidate, noted)
+        monkeypatch.setattr(gram_shares, candidate, noted)
     example_gram(model, squares, x, y)
     assert taken == [form]
 
 
-@pytest.mark.parametrize("name", ["linear", "conv", "embedding", "repeated", "batch-inside", "attention"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("linear", "conv", "conv1d", "conv3d", "embedding", "repeated", "batch-inside", "attention", "cnn"),
+        *("group-norm", "layer-norm", "layer-norm-over-two", "instance-norm", "instance-norm-that-tracks"),
+    ],
+)
 def test_watched_weights_take_no_direct_path(monkeypatch, name):
     model, x, y = build(name)
     direct = []
@@ -305,7 +433,7 @@ def test_watched_weights_take_no_direct_path(monkeypatch, name):
 
     monkeypatch.setattr(ghost_kernels, "per_example", noted)
     example_gram(model, squares, x, y)
-    assert [n for n in direct if "norm" not in n and "in_proj" not in n and "out_proj" not in n] == []
+    assert [n for n in direct if "in_proj" not in n and "out_proj" not in n] == []
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 6, 100])
@@ -317,6 +445,36 @@ def test_chunks_do_not_change_the_gram(name, chunk):
     torch.testing.assert_close(
         example_gradients(model, squares, x, y, chunk=chunk), loop_gradients(model, squares, x, y)
     )
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("name", ["cnn", "tied", "bare-parameter", "lstm"])
+def test_examples_that_are_too_many_to_hold_are_never_held(monkeypatch, name, chunk):
+    model, x, y = build(name)
+    whole = example_gram(model, squares, x, y)
+    held = []
+    for part in ("add_share", "add_outer"):
+        original = getattr(ghost_kernels, part)
+
+        def noted(gram, *args, _original=original):
+            held.append(len(gram))
+            _original(gram, *args)
+
+        monkeypatch.setattr(ghost_kernels, part, noted)
+    monkeypatch.setattr(ghost_kernels, "KEPT", 0)
+    torch.testing.assert_close(example_gram(model, squares, x, y, chunk=chunk), whole, rtol=1e-10, atol=1e-12)
+    assert max(held) == 2 * chunk
+
+
+def test_chunks_that_run_again_keep_their_dropout_masks(monkeypatch):
+    """Else a gradient would differ from pair to pair, and the matrix would be none of inner products."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1, bias=False)).double()
+    x = torch.ones(12, 3, dtype=torch.float64)
+    monkeypatch.setattr(ghost_kernels, "KEPT", 0)
+    gram = example_gram(model, lambda outputs, labels: outputs.sum(), x, torch.zeros(12), chunk=2)
+    values = torch.linalg.eigvalsh(gram)
+    assert float(values[0]) > -1e-9 and float(values[8]) < 1e-9  # gradients of three entries: rank three
+    assert float(gram.diagonal().max()) > float(gram.diagonal().min())
 
 
 def test_frozen_parameters_are_left_out():

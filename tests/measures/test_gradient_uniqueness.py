@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from scipy.integrate import quad
 from torch import nn
 
-from fedaudit.measures.cohort import parameter_blocks
+from fedaudit.measures.cohort import cohort_gram, parameter_blocks
 from fedaudit.measures.ghost_kernels import example_gradients
 from fedaudit.measures.gradient_uniqueness import (
     CohortGradientUniqueness,
     ExampleGradientUniqueness,
-    cohort_gram,
+    diagonal_gradient_uniqueness,
     gradient_uniqueness,
     membership_bound,
     relative_ridge,
+    self_influence,
 )
 from fedaudit.needs import Needs
 from fedaudit.registry import MEASURES
@@ -121,6 +122,58 @@ def test_relative_ridge_makes_uniqueness_free_of_scale():
     K = G @ G.T
     small, large = (gradient_uniqueness(s * K, relative_ridge(s * K)) for s in (1e-6, 1e6))
     torch.testing.assert_close(small, large, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("eps", [1e-2, 3.0])
+def test_diagonal_uniqueness_equals_its_definition(eps):
+    G = gaussian(5, 7)
+    expected = []
+    for i in range(5):
+        terms = (
+            float(G[i, p]) ** 2 / (sum(float(G[k, p]) ** 2 for k in range(5) if k != i) + eps)
+            for p in range(7)
+        )
+        expected.append(sum(terms))
+    assert diagonal_gradient_uniqueness(G, eps).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_diagonal_uniqueness_is_the_full_one_where_coordinates_do_not_mix():
+    """One coordinate in each gradient: S_-i is diagonal."""
+    G = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        diagonal_gradient_uniqueness(G, 0.5), gradient_uniqueness(G @ G.T, 0.5), rtol=1e-12, atol=0.0
+    )
+
+
+def test_diagonal_uniqueness_changes_with_the_basis_and_the_full_one_does_not():
+    G = gaussian(5, 7)
+    rotation, _ = torch.linalg.qr(gaussian(7, 7, seed=1))
+    turned = G @ rotation
+    torch.testing.assert_close(
+        gradient_uniqueness(turned @ turned.T, 0.5), gradient_uniqueness(G @ G.T, 0.5), rtol=1e-9, atol=0.0
+    )
+    change = diagonal_gradient_uniqueness(turned, 0.5) / diagonal_gradient_uniqueness(G, 0.5) - 1
+    assert float(change.abs().max()) > 0.1
+
+
+def test_a_small_sum_of_others_is_not_lost_beside_a_large_gradient():
+    G = torch.tensor([[1e9, 0.0], [1e-3, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert float(diagonal_gradient_uniqueness(G, 1e-9)[0]) == pytest.approx(1e18 / (1e-6 + 1e-9), rel=1e-12)
+
+
+def test_self_influence_is_the_squared_norm_of_each_gradient():
+    G = gaussian(5, 7)
+    expected = [sum(float(value) ** 2 for value in row) for row in G]
+    assert self_influence(G @ G.T).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_unusable_gradients_are_refused():
+    with pytest.raises(ValueError, match="eps is positive and finite, got 0"):
+        diagonal_gradient_uniqueness(torch.eye(2), 0.0)
+    with pytest.raises(ValueError, match=r"shape \(B, P\), got \(2,\)"):
+        diagonal_gradient_uniqueness(torch.ones(2), 1.0)
+    with pytest.raises(ValueError, match=r"shape \(B, B\), got \(2, 3\)"):
+        self_influence(torch.ones(2, 3))
 
 
 def test_gram_is_not_written_to():
@@ -353,6 +406,8 @@ def test_example_measure_uses_the_broadcast_weights_and_the_relative_ridge_witho
         assert estimate.extra["bound-nats"] == pytest.approx(float(bounds.mean()), rel=1e-8)
         assert estimate.extra["bound-nats-max"] == pytest.approx(float(bounds.max()), rel=1e-8)
         assert estimate.extra["ridge-rule"] == "0.02 * trace / B"
+        squared_norms = [float(row @ row) for row in G]
+        assert estimate.extra["trace-in-self"] == pytest.approx(sum(squared_norms) / 10, rel=1e-8)
         assert (estimate.kind, estimate.extra["examples"], estimate.extra["sample-rate"]) == (
             "exact",
             10,
@@ -430,7 +485,7 @@ def test_models_with_batch_norm_are_refused_with_the_reason():
 
 
 def test_example_measure_without_evidence_says_what_is_missing():
-    with pytest.raises(ValueError, match="needs evidence, build_model and loss"):
+    with pytest.raises(ValueError, match="needs the model, got a context without"):
         ExampleGradientUniqueness()([], RoundContext(1))
 
 

@@ -11,9 +11,11 @@ from fedaudit.measures.mi_bounds import (
     donsker_varadhan,
     gaussian_channel,
     infonce,
+    nwj,
     pair_terms,
     permutation_null,
     permutation_p_value,
+    smile,
     top1_accuracy,
 )
 
@@ -161,3 +163,37 @@ def test_bad_arguments_are_named() -> None:
         bootstrap_interval(torch.zeros(3, 3), seeded(0), level=1.0)
     with pytest.raises(ValueError, match="noise_std > 0"):
         gaussian_channel(torch.zeros(3, 2), 1, 0.0)
+
+
+def test_nwj_equals_the_sum_over_mismatched_pairs_written_out() -> None:
+    scores = torch.randn(5, 5, generator=seeded(13), dtype=torch.float64)
+    joint = sum(float(scores[i, i]) for i in range(5)) / 5
+    product = sum(math.exp(float(scores[i, j]) - 1) for i in range(5) for j in range(5) if i != j) / 20
+    assert float(nwj(scores)) == pytest.approx(joint - product, rel=1e-12)
+    # the other common way to write it, with scores lowered by one
+    lowered = scores - 1
+    off = lowered.exp().sum() - lowered.diagonal().exp().sum()
+    assert float(1 + lowered.diagonal().mean() - off / 20) == pytest.approx(float(nwj(scores)), rel=1e-12)
+
+
+def test_nwj_never_exceeds_donsker_varadhan_of_the_same_scores() -> None:
+    scores = 2 * torch.randn(30, 8, 8, generator=seeded(14), dtype=torch.float64)
+    assert bool((nwj(scores) <= donsker_varadhan(scores) + 1e-12).all())  # e^{z-1} >= z
+
+
+def test_smile_equals_its_definition_and_clips_the_partition_alone() -> None:
+    scores = 5 * torch.randn(5, 5, generator=seeded(15), dtype=torch.float64)
+    joint = sum(float(scores[i, i]) for i in range(5)) / 5
+    clipped = [max(-2.0, min(2.0, float(scores[i, j]))) for i in range(5) for j in range(5) if i != j]
+    expected = joint - math.log(sum(map(math.exp, clipped)) / 20)
+    assert float(smile(scores, 2.0)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_smile_without_a_clip_is_donsker_varadhan() -> None:
+    scores = 5 * torch.randn(3, 6, 6, generator=seeded(16), dtype=torch.float64)
+    torch.testing.assert_close(smile(scores, math.inf), donsker_varadhan(scores))
+
+
+def test_a_clip_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"clip must be positive, got -1\.0: use e\.g\. 5"):
+        smile(torch.zeros(3, 3), clip=-1.0)

@@ -93,6 +93,24 @@ def test_a_bare_gradient_identifies_its_batch_up_to_the_ceiling() -> None:
         assert estimate.kind == "estimate"
 
 
+def test_gradients_unlike_those_the_critic_was_fitted_to_still_identify_their_batch() -> None:
+    def evidence(u: ClientUpdate) -> LocalEvidence:
+        x, y = examples(u.client_id)
+        sizes = torch.exp(2.5 * torch.randn(len(x), 1, generator=seeded(200 + u.client_id)))
+        return LocalEvidence(x * sizes, y, StepRelease(None, 0.0, 4 / 60))
+
+    for estimate in measured(RoundContext(**{**vars(oracle(0.0)), "evidence": evidence}), clients=5):
+        assert math.log(64) - 0.01 < estimate.value <= math.log(64) + 1e-9
+
+
+def test_donsker_varadhan_stays_within_what_its_reference_batches_can_resolve() -> None:
+    for noise in (0.0, 1e-3, 0.5):
+        for estimate in measured(oracle(noise)):
+            value = float(estimate.extra["donsker-varadhan"])
+            assert abs(value) <= 2 * math.log(512)
+            assert value > estimate.value - 0.3  # what InfoNCE finds it finds, up to its own spread
+
+
 def test_a_critic_that_must_learn_the_gradient_finds_the_planted_batch_sum() -> None:
     ctx = oracle(0.1, clip_norm=None, used_loss=sum_of_outputs)
     for estimate in measured(ctx, informed=False, steps=200, pairs=64, lr=1e-2):
@@ -110,6 +128,54 @@ def test_huge_noise_leaves_nothing_to_find() -> None:
         assert estimate.high is not None
         assert estimate.low - 0.05 < 0 < estimate.high + 0.05
         assert float(estimate.extra["gaussian-channel"]) < 0.01
+
+
+FAINT = 1e-7
+
+
+class FaintPixels(nn.Module):
+    """Sees pixels too faint to count as varying: an example's gradient is unrelated to what a critic sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 6:] @ self.weight / FAINT
+
+
+def p_values_without_a_relation(rounds: int, clients: int, **options: float | bool) -> list[float]:
+    """p-values of clients whose examples' gradients are independent of their other pixels and labels."""
+
+    def evidence(u: ClientUpdate) -> LocalEvidence:
+        x, y = torch.randn(30, 12, generator=seeded(u.client_id)), torch.arange(30) % 3
+        x[:, 6:] *= FAINT
+        return LocalEvidence(x, y, StepRelease(None, 0.3, 4 / 30))
+
+    measure = MutualInformation(steps=20, pairs=16, candidates=64, permutations=99, hidden=8, **options)
+    found = []
+    for number in range(rounds):
+        ctx = RoundContext(**{**vars(oracle(used_loss=sum_of_outputs)), "evidence": evidence, "seed": number})
+        ctx = RoundContext(**{**vars(ctx), "build_model": FaintPixels})
+        names = range(number * clients, (number + 1) * clients)
+        results = measure([update(name, {"weight": torch.zeros(6)}) for name in names], ctx)
+        found += [float(result.extra["p-value"]) for result in results if isinstance(result, Estimate)]
+    assert len(found) == rounds * clients
+    return found
+
+
+def alarms_at_five_percent(p_values: list[float]) -> float:
+    return sum(p <= 0.05 for p in p_values) / len(p_values)
+
+
+def test_gradients_unrelated_to_what_the_critic_sees_raise_few_alarms() -> None:
+    rate = alarms_at_five_percent(p_values_without_a_relation(3, 20, informed=False))
+    assert rate <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
+
+
+@pytest.mark.slow
+def test_two_hundred_unrelated_clients_raise_between_two_and_eight_percent_false_alarms() -> None:
+    assert 0.02 <= alarms_at_five_percent(p_values_without_a_relation(20, 10, informed=False)) <= 0.08
 
 
 def test_more_noise_gives_less_information_for_every_client() -> None:

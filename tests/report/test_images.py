@@ -67,5 +67,5 @@ def test_file_that_is_no_safetensors_is_a_record_error(tmp_path: Path):
 def test_reconstruction_of_another_shape_is_a_record_error(tmp_path: Path):
     batch = np.zeros((2, 1, 4, 4), np.float32)
     save_file({"original": batch, "reconstruction": batch[:1].copy()}, tmp_path / "x.safetensors")
-    with pytest.raises(RecordError, match=r"two equal batches .* got \(2, 1, 4, 4\) and \(1, 1, 4, 4\)"):
+    with pytest.raises(RecordError, match=r"two equal batches .* got .*\(2, 1, 4, 4\).*\(1, 1, 4, 4\)"):
         read_recorded(tmp_path / "x.safetensors")

@@ -118,6 +118,20 @@ def test_layers_have_a_map_of_their_own_and_no_place_among_the_whole(tmp_path: P
     assert set(records_summary(run.records)["quantities"]) == {"update-norm"}
 
 
+def test_disclosure_is_added_up_over_rounds_and_says_why_it_is_no_bound(tmp_path: Path):
+    extra = json.dumps({"bound-nats": 0.1, "bound-nats-max": 0.5, "ridge-rule": "0.01 * trace / B"})
+    rows = [
+        record(
+            "r", "none", r, "example-gradient-uniqueness", 0.5, client_id=3, observer="oracle", extra=extra
+        )
+        for r in (1, 2)
+    ]
+    parsed = Page(render([write_run(tmp_path, "r", "none", 0, rows, config={"train.local-steps": 1})]))
+    assert "Membership disclosure over all rounds" in parsed.text
+    assert "0.289" in parsed.text  # 2 * 0.1 / ln 2 bits on average
+    assert "2 of 2" in parsed.text and "releases without noise" in parsed.text
+
+
 def test_findings_state_the_difference_that_the_data_have(parsed: Page):
     assert f"{DP} lowers mutual information (oracle) from" in parsed.text
     assert f"{DP} lowers accuracy from" in parsed.text

@@ -1,0 +1,46 @@
+"""What an oracle adds to a recorded run: the clients' batches, and updates of one step without noise."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedaudit.app import Setup, setup, summed_cross_entropy
+from fedaudit.measures.ghost_kernels import example_gradients
+from fedaudit.training import steps_per_round
+from fedaudit.types import ClientUpdate, StepRelease
+from fedaudit.verification.recorded import Insight, RecordedRun
+
+
+def insight(recorded: RecordedRun) -> Insight:
+    """Rebuild the federation of a run from its configuration; simulation only.
+
+    Raises:
+        DataError: if the data is not there any more.
+    """
+    made = setup(recorded.config.flat())
+
+    def noise_free(update: ClientUpdate, release: StepRelease) -> Mapping[str, Tensor] | None:
+        settings = recorded.settings(update.round)
+        linear = settings.optimizer == "sgd" and not settings.weight_decay
+        if not release.clip_norm or not linear or steps_per_round(update.num_examples, settings) != 1:
+            return None  # after one noised step the gradients depend on the noise
+        unit = settings.lr / min(settings.batch_size, update.num_examples)
+        return _clipped_step(made, update, release.clip_norm, unit)
+
+    return Insight(noise_free, lambda update: made.batches(update.client_id, update.round))
+
+
+def _clipped_step(made: Setup, update: ClientUpdate, clip_norm: float, unit: float) -> dict[str, Tensor]:
+    """-unit times the sum of the batch's clipped gradients at the broadcast weights, by parameter."""
+    model = made.build_model()
+    model.load_state_dict(dict(update.before))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    (rows,) = made.batches(update.client_id, update.round)
+    total = torch.zeros(sum(p.numel() for p in parameters.values()))
+    if len(rows):
+        x, y = made.client_data(update.client_id)
+        gradients = example_gradients(model, summed_cross_entropy, x[rows], y[rows], clip_norm=clip_norm)
+        total = gradients.sum(0)
+    pieces = torch.split(-unit * total, [p.numel() for p in parameters.values()])
+    return {name: piece.reshape(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
