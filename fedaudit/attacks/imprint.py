@@ -50,7 +50,7 @@ class ImprintBlock(nn.Module):
 
     def __init__(self, direction: Tensor, thresholds: Tensor, pattern: Tensor, gain: float) -> None:
         super().__init__()
-        self.units = nn.utils.skip_init(nn.Linear, len(direction), len(thresholds))  # draws nothing
+        self.units = nn.utils.skip_init(nn.Linear, len(direction), len(thresholds))  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.units.weight.copy_(direction.expand(len(thresholds), -1) / gain)
             self.units.bias.copy_(-thresholds / gain)
