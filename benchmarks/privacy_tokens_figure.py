@@ -1,19 +1,13 @@
 """The figure of the privacy-token benchmark: curves over rounds, a column per case."""
 
 import math
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from plotly.offline import offline
-
+from benchmarks.picture import write_figure
 from fedaudit.report.style import OKABE_ITO, new_figure, style_figure
 
-FIGURES = Path(__file__).parent / "figures"
 EXTRACTORS = ("autoencoder", "transformer")
-PLAIN = {"displayModeBar": False}
 CURVES = {
     "continued": ("continued critic, after its training there", "solid", "circle"),
     "before": ("continued critic, before its training there", "dot", "circle-open"),
@@ -76,29 +70,7 @@ def draw(cases: Sequence[Mapping[str, Any]], candidates: int, chromium: str | No
         figure.update_yaxes(
             range=[0, 1.02], dtick=0.25, showgrid=False, title_text=title, row=3, col=column, secondary_y=True
         )
-    FIGURES.mkdir(exist_ok=True)
-    page = FIGURES / "privacy_tokens.html"
-    offline.plot(figure, filename=str(page), auto_open=False, include_plotlyjs="cdn", config=PLAIN)
-    if chromium:
-        picture = page.with_suffix(".png")
-        with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "figure.html"  # with the script inside: no network
-            offline.plot(figure, filename=str(whole), auto_open=False, include_plotlyjs=True, config=PLAIN)
-            flags = [
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--hide-scrollbars",
-                "--window-size=1200,910",
-            ]
-            command = [
-                chromium,
-                *flags,
-                "--virtual-time-budget=5000",
-                f"--screenshot={picture}",
-                whole.as_uri(),
-            ]
-            subprocess.run(command, check=True, timeout=120, capture_output=True)
+    write_figure(figure, "privacy_tokens", chromium)
 
 
 def trace(
