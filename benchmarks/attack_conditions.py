@@ -144,6 +144,15 @@ def victims(
         yield x, y, ClientUpdate(0, 1, weights, delta, len(y))
 
 
+def short(value: object) -> str:
+    """A value as it fits an axis.
+
+    >>> short("dp-sgd(epsilon=8, clip-norm=1)")
+    'dp-sgd ε=8'
+    """
+    return str(value).replace("(epsilon=", " ε=").partition(",")[0]
+
+
 def draw(rows: list[dict[str, Any]], attacks: list[str], chromium: str | None) -> None:
     """One panel per condition, one line per attack; a refused update has no point."""
     titles = list(CONDITIONS)
@@ -152,7 +161,7 @@ def draw(rows: list[dict[str, Any]], attacks: list[str], chromium: str | None) -
         for number, attack in enumerate(attacks):
             mine = [r for r in rows if (r["condition"], r["attack"]) == (condition, attack) and "mean" in r]
             figure.add_scatter(
-                x=[str(row["value"]) for row in mine],
+                x=[short(row["value"]) for row in mine],
                 y=[row["mean"] for row in mine],
                 error_y={
                     "array": [row["max"] - row["mean"] for row in mine],
@@ -168,7 +177,7 @@ def draw(rows: list[dict[str, Any]], attacks: list[str], chromium: str | None) -
                 row=place // 2 + 1,
                 col=place % 2 + 1,
             )
-        order = [str(value) for value in CONDITIONS[condition]]
+        order = [short(value) for value in CONDITIONS[condition]]
         figure.update_xaxes(
             type="category",
             categoryorder="array",
@@ -177,10 +186,10 @@ def draw(rows: list[dict[str, Any]], attacks: list[str], chromium: str | None) -
             col=place % 2 + 1,
         )
     note = "PSNR in dB: mean, smallest, largest; one condition changes at a time; refused updates left out"
-    style_figure(figure, "How attacks fail", note, attacks, 860)
-    figure.update_layout(width=1180, margin={"t": 110})
+    style_figure(figure, "How attacks fail", note, attacks, 760)
+    figure.update_layout(width=1180, margin={"t": 110, "b": 90}, legend={"orientation": "h"})
     figure.update_yaxes(title_text="PSNR [dB]", col=1)
-    write_figure(figure, "attack_conditions", chromium, 1200, 880)
+    write_figure(figure, "attack_conditions", chromium, 1200, 780)
 
 
 if __name__ == "__main__":

@@ -176,3 +176,6 @@ def test_each_obstacle_is_said(changes, verdict, words, run, tmp_path):
     dlg = next(each for each in advice if each.attack == "dlg")
     assert dlg.verdict == verdict
     assert words in "; ".join(dlg.reasons)
+    if "train.local-steps" in changes:
+        verdicts = {each.attack: each.verdict for each in advice}
+        assert (verdicts["local-steps"], verdicts["linear-layer"]) == ("applies", "weakened")

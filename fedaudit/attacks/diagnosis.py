@@ -67,7 +67,8 @@ def diagnose(
 
     Args:
         attacks: attacks to judge. One whose attribute `unrolls` is true follows the client through its
-            local steps; one with `KnowsItsLimits` is asked about the model.
+            local steps, one with `survives_steps` reads a layer whose gradients nearly add up over them;
+            one with `KnowsItsLimits` is asked about the model.
         update: the update in question.
         ctx: what the attacker knows.
         card: its conditions.
@@ -81,13 +82,17 @@ def diagnose(
             hard.append(lacking)
         if ctx.lr is None and card.optimizer != "sgd":
             hard.append(f"a step of {card.optimizer} is not the learning rate times a gradient")
-        multi_step = bool(getattr(attack, "unrolls", False))
-        if card.local_steps > 1 and not multi_step:
+        soft = list(general)
+        if card.local_steps > 1 and getattr(attack, "survives_steps", False):
+            soft.insert(
+                0, f"{card.local_steps} local steps: exact while weights move little, then approximate"
+            )
+        elif card.local_steps > 1 and not getattr(attack, "unrolls", False):
             hard.append(
                 f"{card.local_steps} local steps: a single-gradient attack does not apply, use local-steps"
             )
         if isinstance(attack, KnowsItsLimits) and (limit := attack.obstacle(update, ctx)):
             hard.append(limit)
-        verdict: Verdict = "does not apply" if hard else "weakened" if general else "applies"
-        found.append(Advice(attack.name, verdict, (*hard, *general)))
+        verdict: Verdict = "does not apply" if hard else "weakened" if soft else "applies"
+        found.append(Advice(attack.name, verdict, (*hard, *soft)))
     return found

@@ -175,6 +175,7 @@ class LinearLayer:
 
     mode: Mode = "train"
 
+    survives_steps = True
     name = "linear-layer"
     needs = Needs.MODEL | Needs.TRAINING | Needs.SHAPE
 

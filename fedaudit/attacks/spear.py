@@ -52,6 +52,7 @@ class Spear:
     mode: Mode = "train"
     seconds: float = 0.0
 
+    survives_steps = True
     name = "spear"
     needs = Needs.MODEL | Needs.TRAINING | Needs.SHAPE
 
