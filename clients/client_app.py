@@ -9,9 +9,9 @@ from flwr.clientapp import ClientApp
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
 from fedaudit.errors import ConfigError
-from fedaudit.flower.arrays import copy_into, from_state_dict
+from fedaudit.flower.arrays import copy_into, from_state_dict, to_state_dict
 from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
-from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
+from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally, weights_to_send
 
 from .self_audit import self_audit
 
@@ -48,7 +48,9 @@ def train(message: Message, context: Context) -> Message:
         generator=noise,
         device=made.device,
     )
-    after = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    trained = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    chance = torch.Generator().manual_seed(client_seed(noise.initial_seed(), client, round_number))
+    after = weights_to_send(made.defense, to_state_dict(arrays), trained, chance)
     _keep(context, ledger)
 
     beside: dict[str, Any] = {"partition-id": client, "steps": result.steps}

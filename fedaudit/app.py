@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedaudit import __version__
+from fedaudit.accounting import Ledger
 from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
-from fedaudit.defenses.base import Defense
+from fedaudit.defenses.base import BudgetedByRound, Defense
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
@@ -109,8 +110,10 @@ class Setup:
 
     @cached_property
     def defense(self) -> Defense:
-        """The defense in force."""
-        return DEFENSES.build(parse_spec(self.config.defense.name))  # type: ignore[no-any-return]
+        """The defense in force, told over how many rounds it has to divide a budget."""
+        built: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
+        rounds = self.config.federation.rounds
+        return built.over_rounds(rounds) if isinstance(built, BudgetedByRound) else built
 
     def settings(self, round_number: int, proximal_mu: float = 0.0) -> TrainSettings:
         """Local training in a round."""
@@ -254,7 +257,8 @@ def check(config: RunConfig) -> Setup:
         optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
         prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
         made.defense.restore(prepared)
-    if hasattr(strategy, "train_loss_key") and releases[0].noise_std:
+        private = made.defense.guarantee(Ledger(), sizes[0]) is not None
+    if hasattr(strategy, "train_loss_key") and private:
         raise ConfigError(
             f"strategy.name = {config.strategy.name!r} is not allowed with defense.name = "
             f"{config.defense.name!r}: it weights clients by their training loss, "

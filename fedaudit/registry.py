@@ -221,5 +221,26 @@ DEFENSES = Registry(
             "Opacus DP-SGD in the client, example-level guarantee",
             "fedaudit.defenses.dp_sgd:DPSGD",
         ),
+        "gaussian": (
+            "clips the update and adds Gaussian noise to all of it, client-level guarantee",
+            "fedaudit.defenses.gaussian:GaussianUpdate",
+        ),
+        "top-k": (
+            "sends the largest coordinates of the update (per layer: gradient pruning)",
+            "fedaudit.defenses.sparsify:TopK",
+        ),
+        "random-sparsify": (
+            "sends a random set of the update's coordinates",
+            "fedaudit.defenses.sparsify:RandomSparsify",
+        ),
+        "sign": ("sends signs times one magnitude per tensor", "fedaudit.defenses.quantize:Sign"),
+        "quantize": (
+            "sends k-bit coordinates, rounded at random without bias",
+            "fedaudit.defenses.quantize:Quantize",
+        ),
+        "withhold": (
+            "sends nothing of the named layers",
+            "fedaudit.defenses.withhold_layers:WithholdLayers",
+        ),
     },
 )

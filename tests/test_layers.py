@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = """\
-errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet __version__
+errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet \
+__version__ gaussian_mechanism
 accounting rank_correlation claims
 measures attacks canaries defenses data models
 auditor audit_rows report training kept_files verification

@@ -1,8 +1,9 @@
 """What a defense is to the code that trains and accounts."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from fedaudit.types import Guarantee, StepRelease
@@ -76,4 +77,22 @@ class Defense(Protocol):
 
     def restore(self, model: nn.Module) -> None:
         """Undo `prepare`, whatever happened in between, given the model it returned."""
+        ...
+
+    def protect(self, delta: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+        """What a client sends of its finished update; the very same tensors where nothing changes.
+
+        Args:
+            delta: returned minus broadcast by name, for every floating-point entry, buffers included.
+            generator: source of the defense's randomness, on the CPU like `delta`.
+        """
+        ...
+
+
+@runtime_checkable
+class BudgetedByRound(Protocol):
+    """A defense that divides its budget over the rounds of a run, which it has to be told."""
+
+    def over_rounds(self, rounds: int) -> Defense:
+        """The same defense for a client that sends one update in each of so many rounds."""
         ...

@@ -21,7 +21,7 @@ from fedaudit.claims import (
     Watcher,
 )
 from fedaudit.config import RunConfig
-from fedaudit.defenses.base import Defense
+from fedaudit.defenses.base import BudgetedByRound, Defense
 from fedaudit.errors import RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run
@@ -157,6 +157,8 @@ def verify_run(
     recorded = RecordedRun(folder)
     config = recorded.config
     defense: Defense = DEFENSES.build(parse_spec(config.defense.name))
+    if isinstance(defense, BudgetedByRound):
+        defense = defense.over_rounds(config.federation.rounds)
     general = strategy_claims(
         config.strategy.name,
         clients=config.federation.clients,
@@ -177,6 +179,7 @@ def verify_run(
             claims, unstated = step_claims(release, settings, update.num_examples, steps)
             if isinstance(defense, Claiming):
                 claims += defense.claims(update, settings)
+            claims += _client_epsilon(update, claims, stated)
             own[update.client_id] = [*claims, *_epsilon(update, release, steps, stated)]
             findings += [_unstated(part, update, observer) for part in unstated]
             if extra is not None:
@@ -216,6 +219,24 @@ def _epsilon(
         return []
     multiplier = release.noise_std / release.clip_norm
     return [EpsilonClaim(epsilon, delta, "example", kind, multiplier, release.sample_rate, steps * rounds)]
+
+
+def _client_epsilon(
+    update: ClientUpdate,
+    claims: Sequence[Claim],
+    stated: Mapping[tuple[int, int], tuple[float, float, str, str, int]],
+) -> list[Claim]:
+    """A client-level epsilon follows from noise on whole updates, one release a round, without sampling."""
+    claim = stated.get((update.round, update.client_id))
+    noise = next((c for c in claims if isinstance(c, GaussianNoise) and c.on == "update"), None)
+    clip = next((c for c in claims if isinstance(c, ClipNorm) and (c.of, c.by) == ("update", "client")), None)
+    if claim is None or noise is None or clip is None:
+        return []
+    epsilon, delta, unit, accountant, rounds = claim
+    kind = next((known for known in (*get_args(Accountant), "analytic") if known == accountant), None)
+    if kind is None or unit != "client":
+        return []
+    return [EpsilonClaim(epsilon, delta, "client", kind, noise.std / clip.norm, steps=rounds)]
 
 
 def _follows_norm(claim: Claim) -> bool:
