@@ -38,8 +38,11 @@ class Registry:
     '#f00'
     """
 
-    def __init__(self, kind: str, entries: dict[str, tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self, kind: str, entries: dict[str, tuple[str, str]] | None = None, *, joined_by: str = ""
+    ) -> None:
         self.kind = kind
+        self.joined_by = joined_by
         self._entries = {name: Entry(*entry) for name, entry in (entries or {}).items()}
 
     def register(self, name: str, summary: str, target: str | Callable[..., Any]) -> None:
@@ -72,9 +75,29 @@ class Registry:
             allowed = ", ".join(self._entries)
             raise ConfigError(f"no {self.kind} is named {name!r}: choose one of {allowed}")
 
+    def check_spec(self, spec: Spec) -> None:
+        """Raise a ConfigError unless all that `spec` names is registered, and chained only where it may be."""
+        if spec.then and not self.joined_by:
+            raise ConfigError(
+                f"a {self.kind} stands alone, got '{spec}': only defenses are chained by 'then'"
+            )
+        for part in spec.chain:
+            self.check(part.name)
+
     def build(self, spec: Spec, /, **given: Any) -> Any:
-        """The part that `spec` names, built with its options and with `given`."""
-        return build(spec, self[spec.name].load(), **given)
+        """The part that `spec` names, built with its options and with `given`; a chain of them is joined.
+
+        Raises:
+            ConfigError: if a name or an option is not allowed, or parts cannot be chained.
+        """
+        self.check_spec(spec)
+        built = [build(part, self[part.name].load(), **given) for part in spec.chain]
+        if not spec.then:
+            return built[0]
+        try:
+            return Entry("", self.joined_by).load()(built)
+        except ValueError as error:
+            raise ConfigError(f"{spec} cannot be used: {error}") from error
 
 
 DATASETS = Registry(
@@ -243,4 +266,5 @@ DEFENSES = Registry(
             "fedaudit.defenses.withhold_layers:WithholdLayers",
         ),
     },
+    joined_by="fedaudit.defenses.chain:chain",
 )

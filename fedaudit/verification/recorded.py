@@ -22,6 +22,7 @@ from fedaudit.claims import (
 )
 from fedaudit.config import RunConfig
 from fedaudit.defenses.base import BudgetedByRound, Defense
+from fedaudit.defenses.chain import Chain, claims_left
 from fedaudit.errors import RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run
@@ -34,6 +35,7 @@ from fedaudit.verification.memory import NoiseMemory
 from fedaudit.verification.round import ALPHA, verify_round
 
 State = Mapping[str, Tensor]
+_HIDDEN = "what a later defense does to the update hides it; the client sees the update in between"
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,10 @@ def verify_run(
             release = recorded.release(defense, update.num_examples)
             steps = steps_per_round(update.num_examples, settings)
             claims, unstated = step_claims(release, settings, update.num_examples, steps)
-            if isinstance(defense, Claiming):
-                claims += defense.claims(update, settings)
+            parts = defense.parts if isinstance(defense, Chain) else (defense,)
+            own_claims = [part.claims(update, settings) for part in parts if isinstance(part, Claiming)]
+            claims, hidden = claims_left([claims, *own_claims])
+            unstated += [Unstated(claim, _HIDDEN) for claim in hidden]
             claims += _client_epsilon(update, claims, stated)
             own[update.client_id] = [*claims, *_epsilon(update, release, steps, stated)]
             findings += [_unstated(part, update, observer) for part in unstated]
