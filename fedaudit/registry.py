@@ -76,7 +76,7 @@ class Registry:
             raise ConfigError(f"no {self.kind} is named {name!r}: choose one of {allowed}")
 
     def check_spec(self, spec: Spec) -> None:
-        """Raise a ConfigError unless all that `spec` names is registered, and chained only where it may be."""
+        """Raise a ConfigError unless all that `spec` names is registered, and may be chained if it is."""
         if spec.then and not self.joined_by:
             raise ConfigError(
                 f"a {self.kind} stands alone, got '{spec}': only defenses are chained by 'then'"
