@@ -278,6 +278,21 @@ def test_a_measure_sees_the_noise_that_was_drawn_in_its_round(tmp_path):
     assert plain.context(1).release(update(stated)) == plain.release(len(plain.partitions[0]))
 
 
+def test_verification_affirms_the_noise_of_every_round(tmp_path):
+    from fedaudit.claims import HOLDS, VIOLATED, GaussianNoise
+    from fedaudit.insight import insight
+    from fedaudit.verification.recorded import verify_run
+
+    changes = {"audit.save-updates": True, "train.local-steps": 1}
+    spec = "leakage-adaptive(epsilon=4, driver=decay, ratio=0.3)"
+    execute(config(tmp_path, "run", spec, **changes))
+    findings = verify_run(tmp_path / "run", observer="oracle", insight=insight)
+    assert not [finding for finding in findings if finding.verdict == VIOLATED]
+    held = [f for f in findings if isinstance(f.claim, GaussianNoise) and f.verdict == HOLDS]
+    by_round = {f.round: f.claim.std for f in held}
+    assert set(by_round) == {1, 2, 3, 4} and by_round[4] == pytest.approx(0.3 * by_round[1])
+
+
 @pytest.mark.parametrize(
     "spec, changes, message",
     [
