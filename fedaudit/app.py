@@ -30,7 +30,7 @@ from fedaudit.accounting import Ledger
 from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
-from fedaudit.defenses.base import AdaptiveDefense, Defense
+from fedaudit.defenses.base import Defense, adaptive
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
@@ -138,9 +138,10 @@ class Setup:
         self, num_examples: int, round_number: int, ledger: Ledger, leakage: float | None
     ) -> StepRelease:
         """The same in one round, for a client that knows its ledger and what the server last measured."""
-        if isinstance(self.defense, AdaptiveDefense):
-            return self.defense.release_in_round(num_examples, round_number, ledger, leakage)
-        return self.release(num_examples)
+        changing = adaptive(self.defense)
+        if changing is None:
+            return self.release(num_examples)
+        return changing.release_in_round(num_examples, round_number, ledger, leakage)
 
     def release_of(self, update: ClientUpdate) -> StepRelease:
         """What one local step behind this update made visible: as its client states it, else as planned."""

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedaudit.app import Setup, describe, run_folder, setup
 from fedaudit.auditor import Auditor
 from fedaudit.config import ints
-from fedaudit.defenses.base import AdaptiveDefense
+from fedaudit.defenses.base import adaptive
 from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.flower.arrays import copy_into, from_state_dict, numpy_arrays
 from fedaudit.flower.messages import LEAKAGE
@@ -204,10 +204,10 @@ def _resume(
 
 def _signal(made: Setup) -> LeakageSignal | None:
     """What clients are told of the last round's leakage, if their defense asks for it."""
-    defense = made.defense
-    if not isinstance(defense, AdaptiveDefense) or not defense.signal:
+    changing = adaptive(made.defense)
+    if changing is None or not changing.signal:
         return None
-    return LeakageSignal(defense.signal, defense.target)
+    return LeakageSignal(changing.signal, changing.target)
 
 
 def _tell(signal: LeakageSignal, auditor: Auditor, _round: int) -> dict[str, float]:

@@ -31,7 +31,7 @@ itself, a local loss for instance, is covered by none of this.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -78,26 +78,14 @@ class RenyiOdometer:
     ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self) -> None:
-        check_delta(self.delta)
-        orders = tuple(map(float, self.orders))
-        if not orders or len(set(orders)) < len(orders) or not all(order > 1 for order in orders):
-            raise ValueError(f"orders are different numbers > 1, got {self.orders}: choose e.g. {ORDERS[:4]}")
-        shares = tuple(map(float, self.shares)) or (1 / len(orders),) * len(orders)
-        fits = len(shares) == len(orders) and all(share > 0 for share in shares)
-        if not fits or math.fsum(shares) > 1 + 1e-12:
-            raise ValueError(
-                f"each order has a share > 0 of delta and they add up to at most 1, got {self.shares} for "
-                f"{len(orders)} orders: leave them out for equal shares"
-            )
+        orders, shares = _checked(self.delta, tuple(self.orders), tuple(self.shares))
         object.__setattr__(self, "orders", orders)
         object.__setattr__(self, "shares", shares)
 
     @property
     def epsilon(self) -> float:
         """Epsilon at `delta` of everything spent so far; 0 before the first step."""
-        if not self.ledger.history:
-            return 0.0
-        return max(0.0, float(np.min(self.spent + _conversions(self.orders, self.shares, self.delta))))
+        return _reading(self.ledger.history, self.orders, self.shares, self.delta)
 
     @property
     def privacy_loss(self) -> float:
@@ -178,9 +166,9 @@ class RenyiFilter:
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise ValueError(f"epsilon must be a number > 0, got {self.epsilon}: choose e.g. 8")
-        odometer = self.odometer
-        object.__setattr__(self, "orders", odometer.orders)
-        object.__setattr__(self, "shares", odometer.shares)
+        orders, shares = _checked(self.delta, tuple(self.orders), tuple(self.shares))
+        object.__setattr__(self, "orders", orders)
+        object.__setattr__(self, "shares", shares)
 
     @classmethod
     def for_plan(cls, epsilon: float, delta: float, plan: Ledger) -> "RenyiFilter":
@@ -202,7 +190,8 @@ class RenyiFilter:
     @property
     def remaining(self) -> dict[float, float]:
         """Rényi divergence left at each order that has any, in nats; empty when nothing is admitted."""
-        left = self.epsilon - _conversions(self.orders, self.shares, self.delta) - self.odometer.spent
+        spent = _summed(self.ledger.history, self.orders)
+        left = self.epsilon - _conversions(self.orders, self.shares, self.delta) - spent
         return {order: float(rest) for order, rest in zip(self.orders, left, strict=True) if rest > 0}
 
     def admits(self, noise_multiplier: float, sample_rate: float, steps: int) -> bool:
@@ -214,7 +203,8 @@ class RenyiFilter:
         if steps == 0:
             return True
         check_step(noise_multiplier, sample_rate, steps)
-        return self.odometer.spend(noise_multiplier, sample_rate, steps).epsilon <= self.epsilon
+        after = self.ledger.add(noise_multiplier, sample_rate, steps).history
+        return _reading(after, self.orders, self.shares, self.delta) <= self.epsilon
 
     def spend(self, noise_multiplier: float, sample_rate: float, steps: int) -> "RenyiFilter":
         """The filter after `steps` more steps; call it before they are taken.
@@ -250,6 +240,25 @@ class RenyiFilter:
         return cls(epsilon, kept.delta, kept.orders, kept.shares, kept.ledger)
 
 
+@lru_cache(maxsize=1024)
+def _checked(
+    delta: float, given: tuple[float, ...], wanted: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Orders and shares as floats, equal shares filled in; raises as the classes say."""
+    check_delta(delta)
+    orders = tuple(map(float, given))
+    if not orders or len(set(orders)) < len(orders) or not all(order > 1 for order in orders):
+        raise ValueError(f"orders are different numbers > 1, got {given}: choose e.g. {ORDERS[:4]}")
+    shares = tuple(map(float, wanted)) or (1 / len(orders),) * len(orders)
+    fits = len(shares) == len(orders) and all(share > 0 for share in shares)
+    if not fits or math.fsum(shares) > 1 + 1e-12:
+        raise ValueError(
+            f"each order has a share > 0 of delta and they add up to at most 1, got {wanted} for "
+            f"{len(orders)} orders: leave them out for equal shares"
+        )
+    return orders, shares
+
+
 @lru_cache(maxsize=8192)
 def _summed(history: tuple[Entry, ...], orders: tuple[float, ...]) -> Curve:
     total = np.zeros(len(orders))
@@ -259,8 +268,17 @@ def _summed(history: tuple[Entry, ...], orders: tuple[float, ...]) -> Curve:
     return total
 
 
+@lru_cache(maxsize=8192)
+def _reading(
+    history: tuple[Entry, ...], orders: tuple[float, ...], shares: tuple[float, ...], delta: float
+) -> float:
+    if not history:
+        return 0.0
+    return max(0.0, float(np.min(_summed(history, orders) + _conversions(orders, shares, delta))))
+
+
 @lru_cache(maxsize=1024)
-def _conversions(orders: tuple[float, ...], shares: Sequence[float], delta: float) -> Curve:
+def _conversions(orders: tuple[float, ...], shares: tuple[float, ...], delta: float) -> Curve:
     made = np.array([conversion(a, w * delta) for a, w in zip(orders, shares, strict=True)])
     made.setflags(write=False)
     return made

@@ -203,7 +203,7 @@ class LeakageAdaptive:
 
     @property
     def _sgd(self) -> DPSGD:
-        return DPSGD(self.epsilon, self.delta, clip_norm=self.clip_norm)
+        return _dp_sgd(self.epsilon, self.delta, self.clip_norm)
 
     @property
     def _agreed(self) -> RunPlan:
@@ -216,13 +216,7 @@ class LeakageAdaptive:
     @property
     def _relative(self) -> tuple[float, ...]:
         """Noise of each round up to a common factor, decided before the first one."""
-        rounds = self._agreed.rounds
-        if self.driver != "decay" or rounds == 1:
-            return (1.0,) * rounds
-        passed = [r / (rounds - 1) for r in range(rounds)]
-        if self.decay == "linear":
-            return tuple(1 - (1 - self.ratio) * t for t in passed)
-        return tuple(self.ratio**t for t in passed)
+        return _relative(self._agreed.rounds, self.decay if self.driver == "decay" else None, self.ratio)
 
     def _sample_rate(self, num_examples: int) -> float:
         return min(1.0, self._agreed.batch_size / num_examples)
@@ -275,6 +269,21 @@ class _Rest:
 
     def _scale(self, budget: float, rounds: int) -> float:
         return schedule_scale(budget, (1.0,) * rounds, self.sample_rate, self.steps, self.order)
+
+
+@lru_cache(maxsize=64)
+def _dp_sgd(epsilon: float, delta: float, clip_norm: float) -> DPSGD:
+    return DPSGD(epsilon, delta, clip_norm=clip_norm)
+
+
+@lru_cache(maxsize=64)
+def _relative(rounds: int, decay: Decay | None, ratio: float) -> tuple[float, ...]:
+    if decay is None or rounds == 1:
+        return (1.0,) * rounds
+    passed = [r / (rounds - 1) for r in range(rounds)]
+    if decay == "linear":
+        return tuple(1 - (1 - ratio) * t for t in passed)
+    return tuple(ratio**t for t in passed)
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from torch import Generator, nn
 from torch.optim import Optimizer
@@ -127,3 +127,14 @@ class AdaptiveDefense(Defense, Protocol):
             leakage: the signal over its target, measured on what was released before; None if unknown.
         """
         ...
+
+
+def adaptive(defense: Defense) -> AdaptiveDefense | None:
+    """The defense itself if it changes from round to round; a structural check costs more than an epsilon."""
+    kind = type(defense)
+    if kind not in _adapts:
+        _adapts[kind] = isinstance(defense, AdaptiveDefense)
+    return cast(AdaptiveDefense, defense) if _adapts[kind] else None
+
+
+_adapts: dict[type, bool] = {}
