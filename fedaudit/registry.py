@@ -244,6 +244,10 @@ DEFENSES = Registry(
             "Opacus DP-SGD in the client, example-level guarantee",
             "fedaudit.defenses.dp_sgd:DPSGD",
         ),
+        "leakage-adaptive": (
+            "DP-SGD with noise that is constant, decays or follows measured leakage, at one total epsilon",
+            "fedaudit.defenses.adaptive_noise:LeakageAdaptive",
+        ),
         "gaussian": (
             "clips the update and adds Gaussian noise to all of it, client-level guarantee",
             "fedaudit.defenses.gaussian:GaussianUpdate",

@@ -16,7 +16,7 @@ from fedaudit.claims import (
     QuantizationLevels,
     Sparsity,
 )
-from fedaudit.defenses.base import BudgetedByRound, Defense
+from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
 from fedaudit.defenses.plain_steps import PlainSteps
 from fedaudit.types import Guarantee, StepRelease
 
@@ -51,6 +51,9 @@ class Chain:
             raise ValueError(
                 f"one part of a chain accounts for privacy, got {' and '.join(accounting)}: keep one of them"
             )
+        changing = [part.name for part in self.parts if adaptive(part)]
+        if changing:
+            raise ValueError(f"a defense whose steps differ between rounds stands alone, got {changing[0]}")
         late = [part.name for part in self.parts[1:] if not isinstance(part, PlainSteps)]
         if late:
             raise ValueError(

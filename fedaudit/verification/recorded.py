@@ -27,6 +27,7 @@ from fedaudit.errors import RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run
 from fedaudit.registry import DEFENSES
+from fedaudit.round_release import release_behind
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
@@ -176,7 +177,8 @@ def verify_run(
         own: dict[int, list[Claim]] = {}
         noise_free: dict[int, State] = {}
         for update in updates:
-            release = recorded.release(defense, update.num_examples)
+            planned = recorded.release(defense, update.num_examples)
+            release = release_behind(defense, update) or planned
             steps = steps_per_round(update.num_examples, settings)
             claims, unstated = step_claims(release, settings, update.num_examples, steps)
             parts = defense.parts if isinstance(defense, Chain) else (defense,)

@@ -95,6 +95,7 @@ def test_the_accounting_part_accounts_for_the_chain():
     ("text", "message"),
     [
         ("dp-sgd then gaussian", "one part of a chain accounts for privacy, got dp-sgd and gaussian"),
+        ("leakage-adaptive then top-k", "steps differ between rounds stands alone, got leakage-adaptive"),
         ("top-k then dp-sgd", "dp-sgd protects local steps, got it after top-k: write it first"),
     ],
 )

@@ -19,6 +19,7 @@ from fedaudit.defenses.withhold_layers import WithholdLayers
 from fedaudit.errors import BudgetExhaustedError, ConfigError
 from fedaudit.gaussian_mechanism import gaussian_delta, gaussian_epsilon, gaussian_noise_multiplier
 from fedaudit.registry import DEFENSES
+from fedaudit.round_release import plan
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, weights_to_send
 from fedaudit.types import ClientUpdate, Guarantee, StepRelease
@@ -41,7 +42,9 @@ def flat(delta):
 
 def built(spec):
     defense = DEFENSES.build(parse_spec(spec))
-    return defense.over_rounds(3) if isinstance(defense, BudgetedByRound) else defense
+    if isinstance(defense, BudgetedByRound):
+        return defense.over_rounds(3)
+    return plan(defense, TrainSettings(batch_size=10, local_steps=10), 3)
 
 
 def draws(defense, delta, count):
