@@ -1,5 +1,6 @@
 """The reference ClientApp: train locally under the run's defense, measure oneself if asked, answer."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from flwr.clientapp import ClientApp
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
 from fedaudit.errors import ConfigError
-from fedaudit.flower.arrays import copy_into, from_state_dict
-from fedaudit.flower.messages import MEASURE_PREFIX, encode_finding, reply
-from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally
+from fedaudit.flower.arrays import copy_into, from_state_dict, to_state_dict
+from fedaudit.flower.messages import LEAKAGE, MEASURE_PREFIX, encode_finding, reply
+from fedaudit.round_release import stated_release
+from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally, weights_to_send
 
 from .self_audit import self_audit
 
@@ -28,8 +30,9 @@ def train(message: Message, context: Context) -> Message:
     settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))
     x, y = (tensor.to(made.device) for tensor in made.client_data(client))
     steps = steps_per_round(len(y), settings)
-    release = made.release(len(y))
-    ledger = made.defense.charge(_ledger(context), release, steps, len(y))
+    ledger = _ledger(context)
+    release = made.release_in_round(len(y), round_number, ledger, _number(config.get(LEAKAGE)))
+    ledger = made.defense.charge(ledger, release, steps, len(y))
 
     arrays = message.content.array_records["arrays"]
     model = made.worker_model()
@@ -48,10 +51,13 @@ def train(message: Message, context: Context) -> Message:
         generator=noise,
         device=made.device,
     )
-    after = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    trained = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    chance = torch.Generator().manual_seed(client_seed(noise.initial_seed(), client, round_number))
+    after = weights_to_send(made.defense, to_state_dict(arrays), trained, chance)
     _keep(context, ledger)
 
-    beside: dict[str, Any] = {"partition-id": client, "steps": result.steps}
+    stated = stated_release(made.defense, release)
+    beside: dict[str, Any] = {"partition-id": client, "steps": result.steps, **stated}
     guarantee = made.defense.guarantee(ledger, len(y))
     if guarantee is not None:
         beside |= {
@@ -60,7 +66,7 @@ def train(message: Message, context: Context) -> Message:
             "privacy-unit": guarantee.unit,
             "accountant": guarantee.accountant,
         }
-    for name, finding, seconds in self_audit(made, client, round_number, arrays, after, guarantee):
+    for name, finding, seconds in self_audit(made, client, round_number, arrays, after, guarantee, stated):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
     if guarantee is None:  # the loss is a function of the data that no noise protects
@@ -114,6 +120,10 @@ def _ledger(context: Context) -> Ledger:
     if LEDGER not in context.state:
         return Ledger()
     return Ledger.from_lists(dict(context.state[LEDGER].items()))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _keep(context: Context, ledger: Ledger) -> None:

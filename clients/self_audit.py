@@ -21,8 +21,12 @@ def self_audit(
     arrays: ArrayRecord,
     after: Mapping[str, Tensor],
     guarantee: Guarantee | None,
+    stated: Mapping[str, float],
 ) -> Iterator[tuple[str, Finding, float]]:
-    """Name, finding and seconds of each measure a client may compute on its own examples."""
+    """Name, finding and seconds of each measure a client may compute on its own examples.
+
+    `stated` is what the client reports of this round's release, where that differs between rounds.
+    """
     audit = made.config.audit
     if "client" not in audit.observer_names:
         return
@@ -30,7 +34,7 @@ def self_audit(
         return
     before = to_state_dict(arrays)
     delta = {name: after[name] - sent for name, sent in before.items() if sent.is_floating_point()}
-    update = ClientUpdate(client, round_number, before, delta, len(made.partitions[client]))
+    update = ClientUpdate(client, round_number, before, delta, len(made.partitions[client]), stated)
     ctx = replace(
         made.context(round_number),
         observer="client",

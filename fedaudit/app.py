@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedaudit import __version__
+from fedaudit.accounting import Ledger
 from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
-from fedaudit.defenses.base import Defense
+from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import DEFENSES
+from fedaudit.round_release import check_signal, plan, release_behind
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
@@ -109,8 +111,12 @@ class Setup:
 
     @cached_property
     def defense(self) -> Defense:
-        """The defense in force."""
-        return DEFENSES.build(parse_spec(self.config.defense.name))  # type: ignore[no-any-return]
+        """The defense in force, planned over the run's rounds where it divides a budget among them."""
+        built: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
+        rounds = self.config.federation.rounds
+        if isinstance(built, BudgetedByRound):
+            return built.over_rounds(rounds)
+        return plan(built, self.settings(1), rounds)
 
     def settings(self, round_number: int, proximal_mu: float = 0.0) -> TrainSettings:
         """Local training in a round."""
@@ -130,6 +136,19 @@ class Setup:
         """What one local step of a client with this many examples makes visible."""
         planned = steps_per_round(num_examples, self.settings(1)) * self.config.federation.rounds
         return self.defense.release(num_examples, self.config.train.batch_size, planned)
+
+    def release_in_round(
+        self, num_examples: int, round_number: int, ledger: Ledger, leakage: float | None
+    ) -> StepRelease:
+        """The same in one round, for a client that knows its ledger and what the server last measured."""
+        changing = adaptive(self.defense)
+        if changing is None:
+            return self.release(num_examples)
+        return changing.release_in_round(num_examples, round_number, ledger, leakage)
+
+    def release_of(self, update: ClientUpdate) -> StepRelease:
+        """What one local step behind this update made visible: as its client states it, else as planned."""
+        return release_behind(self.defense, update) or self.release(update.num_examples)
 
     def batches(self, client: int, round_number: int) -> list[Tensor]:
         """Indices of the examples of each local step; a function of seed, client and round alone."""
@@ -158,7 +177,7 @@ class Setup:
             num_classes=data.train.num_classes,
             value_range=data.train.value_range,
             reference=reference,
-            release=lambda update: self.release(update.num_examples),
+            release=self.release_of,
             seed=client_seed(self.config.seed, 0, round_number),
             device=str(self.device),
         )
@@ -166,7 +185,7 @@ class Setup:
     def evidence(self, update: ClientUpdate) -> LocalEvidence:
         """The examples a client trains on (an oracle's view)."""
         x, y = self.client_data(update.client_id)
-        return LocalEvidence(x, y, self.release(len(y)))
+        return LocalEvidence(x, y, self.release_of(update))
 
     def truth(self, update: ClientUpdate) -> Truth:
         """The examples a client used in this round, each once (an oracle's view)."""
@@ -254,7 +273,9 @@ def check(config: RunConfig) -> Setup:
         optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
         prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
         made.defense.restore(prepared)
-    if hasattr(strategy, "train_loss_key") and releases[0].noise_std:
+        check_signal(made.defense, config.audit)
+        private = made.defense.guarantee(Ledger(), sizes[0]) is not None
+    if hasattr(strategy, "train_loss_key") and private:
         raise ConfigError(
             f"strategy.name = {config.strategy.name!r} is not allowed with defense.name = "
             f"{config.defense.name!r}: it weights clients by their training loss, "

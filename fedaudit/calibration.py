@@ -35,7 +35,7 @@ from fedaudit.rank_correlation import rank_correlation
 from fedaudit.records import Run, load_run
 from fedaudit.registry import ATTACKS, MEASURES
 from fedaudit.spec import parse_specs
-from fedaudit.training import client_seed, train_locally
+from fedaudit.training import client_seed, train_locally, weights_to_send
 from fedaudit.types import Attack, ClientUpdate, Measure, PerExample, RoundContext
 
 MEMBERSHIP = "membership-advantage"
@@ -255,7 +255,9 @@ class _Probe:
             generator=noise,
             device=self.made.device,
         )
-        after = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        trained = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        chance = torch.Generator().manual_seed(client_seed(noise.initial_seed(), update.client_id, draw))
+        after = weights_to_send(self.made.defense, update.before, trained, chance)
         delta = {name: after[name] - update.before[name] for name in update.delta}
         return ClientUpdate(update.client_id, update.round, update.before, delta, len(y))
 

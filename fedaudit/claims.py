@@ -245,7 +245,10 @@ class NothingBeside:
         allowed: names of scalars that are public or computed from noised values.
     """
 
-    allowed: tuple[str, ...] = ("num-examples", "partition-id", "steps", "epsilon", "delta")
+    allowed: tuple[str, ...] = (
+        *("num-examples", "partition-id", "steps", "epsilon", "delta"),
+        *("clip-norm", "noise-std", "sample-rate"),
+    )
 
     def __str__(self) -> str:
         return "nothing computed from data leaves beside the update"

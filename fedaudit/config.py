@@ -37,9 +37,11 @@ def _parts(registry: Registry | None, at_least: int = 0, at_most: int | None = N
     def checked(text: str) -> str:
         try:
             specs = parse_specs(text)
-            if registry is not None:
-                for spec in specs:
-                    registry.check(spec.name)
+            for spec in specs:
+                if registry is not None:
+                    registry.check_spec(spec)
+                elif spec.then:
+                    raise ConfigError(f"only defenses are chained by 'then', got '{spec}': give one name")
         except ConfigError as error:  # pydantic adds the key, and collects ValueError only
             raise ValueError(str(error)) from error
         if len(specs) < at_least or (at_most is not None and len(specs) > at_most):

@@ -38,8 +38,11 @@ class Registry:
     '#f00'
     """
 
-    def __init__(self, kind: str, entries: dict[str, tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self, kind: str, entries: dict[str, tuple[str, str]] | None = None, *, joined_by: str = ""
+    ) -> None:
         self.kind = kind
+        self.joined_by = joined_by
         self._entries = {name: Entry(*entry) for name, entry in (entries or {}).items()}
 
     def register(self, name: str, summary: str, target: str | Callable[..., Any]) -> None:
@@ -72,9 +75,29 @@ class Registry:
             allowed = ", ".join(self._entries)
             raise ConfigError(f"no {self.kind} is named {name!r}: choose one of {allowed}")
 
+    def check_spec(self, spec: Spec) -> None:
+        """Raise a ConfigError unless all that `spec` names is registered, and may be chained if it is."""
+        if spec.then and not self.joined_by:
+            raise ConfigError(
+                f"a {self.kind} stands alone, got '{spec}': only defenses are chained by 'then'"
+            )
+        for part in spec.chain:
+            self.check(part.name)
+
     def build(self, spec: Spec, /, **given: Any) -> Any:
-        """The part that `spec` names, built with its options and with `given`."""
-        return build(spec, self[spec.name].load(), **given)
+        """The part that `spec` names, built with its options and with `given`; a chain of them is joined.
+
+        Raises:
+            ConfigError: if a name or an option is not allowed, or parts cannot be chained.
+        """
+        self.check_spec(spec)
+        built = [build(part, self[part.name].load(), **given) for part in spec.chain]
+        if not spec.then:
+            return built[0]
+        try:
+            return Entry("", self.joined_by).load()(built)
+        except ValueError as error:
+            raise ConfigError(f"{spec} cannot be used: {error}") from error
 
 
 DATASETS = Registry(
@@ -234,5 +257,31 @@ DEFENSES = Registry(
             "Opacus DP-SGD in the client, example-level guarantee",
             "fedaudit.defenses.dp_sgd:DPSGD",
         ),
+        "leakage-adaptive": (
+            "DP-SGD with noise that is constant, decays or follows measured leakage, at one total epsilon",
+            "fedaudit.defenses.adaptive_noise:LeakageAdaptive",
+        ),
+        "gaussian": (
+            "clips the update and adds Gaussian noise to all of it, client-level guarantee",
+            "fedaudit.defenses.gaussian:GaussianUpdate",
+        ),
+        "top-k": (
+            "sends the largest coordinates of the update (per layer: gradient pruning)",
+            "fedaudit.defenses.sparsify:TopK",
+        ),
+        "random-sparsify": (
+            "sends a random set of the update's coordinates",
+            "fedaudit.defenses.sparsify:RandomSparsify",
+        ),
+        "sign": ("sends signs times one magnitude per tensor", "fedaudit.defenses.quantize:Sign"),
+        "quantize": (
+            "sends k-bit coordinates, rounded at random without bias",
+            "fedaudit.defenses.quantize:Quantize",
+        ),
+        "withhold": (
+            "sends nothing of the named layers",
+            "fedaudit.defenses.withhold_layers:WithholdLayers",
+        ),
     },
+    joined_by="fedaudit.defenses.chain:chain",
 )

@@ -2,7 +2,8 @@
 
 Flower's run configuration holds scalars only, so a list of parts is one string:
 ``"none, dp-sgd(epsilon=8, clip-norm=1)"``. The same grammar serves models, partitioners, strategies,
-defenses, measures and attacks. Values are numbers, true/false or plain text.
+defenses, measures and attacks. Values are numbers, true/false or plain text. Defenses may be chained:
+``"dp-sgd(epsilon=8) then top-k(fraction=0.1)"`` is one item of a list, applied from left to right.
 """
 
 import inspect
@@ -18,7 +19,7 @@ from fedaudit.errors import ConfigError
 
 Scalar = int | float | bool | str
 
-_PART = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\(([^()]*)\))?\s*(?:,|$)")
+_PART = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\(([^()]*)\))?\s*(,|$|(?<=[\s)])then\s+(?=\S))")
 _OPTION = re.compile(r"\s*([A-Za-z][\w-]*)\s*=\s*([^,=]*?)\s*$")
 
 
@@ -32,12 +33,18 @@ class Spec:
 
     name: str
     options: Mapping[str, Scalar] = field(default_factory=dict)
+    then: "Spec | None" = None
+
+    @property
+    def chain(self) -> "tuple[Spec, ...]":
+        """The part and those that follow it, each by itself."""
+        rest = self.then.chain if self.then else ()
+        return (Spec(self.name, self.options), *rest)
 
     def __str__(self) -> str:
-        if not self.options:
-            return self.name
         inside = ", ".join(f"{key}={_write(value)}" for key, value in self.options.items())
-        return f"{self.name}({inside})"
+        own = f"{self.name}({inside})" if self.options else self.name
+        return f"{own} then {self.then}" if self.then else own
 
 
 def parse_specs(text: str) -> tuple[Spec, ...]:
@@ -50,6 +57,7 @@ def parse_specs(text: str) -> tuple[Spec, ...]:
     ['none', 'dp-sgd']
     """
     specs: list[Spec] = []
+    pending: list[Spec] = []
     position = 0
     while position < len(text.rstrip()):
         match = _PART.match(text, position)
@@ -58,7 +66,13 @@ def parse_specs(text: str) -> tuple[Spec, ...]:
                 f"a part is written 'name' or 'name(key=value, ...)', got {text!r}: "
                 f"check it from {text[position:].strip()!r} on"
             )
-        specs.append(Spec(match[1], _parse_options(match[2] or "", text)))
+        pending.append(Spec(match[1], _parse_options(match[2] or "", text)))
+        if not match[3].startswith("then"):
+            whole: Spec | None = None
+            for part in reversed(pending):
+                whole = Spec(part.name, part.options, whole)
+            specs += [whole] if whole else []
+            pending = []
         position = match.end()
     return tuple(specs)
 

@@ -5,7 +5,7 @@ seed, an oracle in simulation, can say which examples a client used without trai
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -207,6 +207,34 @@ def train_locally(
     seen = sum(sizes)
     total = math.fsum(size * value for size, value in zip(sizes, _numbers(losses), strict=True))
     return TrainResult(total / seen if seen else math.nan, len(batches), seen)
+
+
+def weights_to_send(
+    defense: Defense, before: Mapping[str, Tensor], after: Mapping[str, Tensor], generator: Generator
+) -> dict[str, Tensor]:
+    """The weights a client returns: those after training, or the broadcast plus the protected update.
+
+    Entries that the defense hands back untouched are sent as trained, to the last bit. Once it touches one,
+    integer entries (counters of batches), which no update holds, are sent as they came.
+
+    Args:
+        defense: what protects the finished update.
+        before: what was broadcast, on the CPU.
+        after: the same entries after training, on the CPU.
+        generator: source of the defense's randomness, on the CPU.
+    """
+    delta = {name: after[name] - sent for name, sent in before.items() if sent.is_floating_point()}
+    protected = defense.protect(delta, generator)
+    if all(protected[name] is change for name, change in delta.items()):
+        return dict(after)
+    return {
+        name: sent
+        if name not in delta
+        else after[name]
+        if protected[name] is delta[name]
+        else sent + protected[name]
+        for name, sent in before.items()
+    }
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> tuple[float, float]:

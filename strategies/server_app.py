@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -11,10 +12,14 @@ from flwr.serverapp import Grid, ServerApp
 from fedaudit.app import Setup, describe, run_folder, setup
 from fedaudit.auditor import Auditor
 from fedaudit.config import ints
+from fedaudit.defenses.base import adaptive
 from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.flower.arrays import copy_into, from_state_dict, numpy_arrays
+from fedaudit.flower.messages import LEAKAGE
 from fedaudit.flower.strategy import AuditStrategy
+from fedaudit.leakage_signal import LeakageSignal
 from fedaudit.progress import announce
+from fedaudit.records import load_run
 from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
@@ -70,17 +75,29 @@ def main(grid: Grid, context: Context) -> None:
         fraction_train=federation.fraction_train,
         min_available=len(client_ids),
     )
+    signal = _signal(made)
     audited = AuditStrategy(
-        inner, auditor, client_ids=client_ids, reject_bad_updates=federation.reject_bad_updates
+        inner,
+        auditor,
+        client_ids=client_ids,
+        reject_bad_updates=federation.reject_bad_updates,
+        announce=partial(_tell, signal, auditor) if signal else None,
     )
     with auditor.held():
-        run(grid, made, auditor, audited, folder)
+        run(grid, made, auditor, audited, folder, signal)
 
 
-def run(grid: Grid, made: Setup, auditor: Auditor, audited: AuditStrategy, folder: Path) -> None:
+def run(
+    grid: Grid,
+    made: Setup,
+    auditor: Auditor,
+    audited: AuditStrategy,
+    folder: Path,
+    signal: LeakageSignal | None = None,
+) -> None:
     """Start, or continue, and keep the final weights."""
     config, federation = made.config, made.config.federation
-    start = _resume(grid, auditor, audited, folder) if config.output.resume else None
+    start = _resume(grid, auditor, audited, folder, signal) if config.output.resume else None
     done = start.round if start else 0
     arrays = start.arrays if start else from_state_dict(made.build_model().state_dict())
     announce("run", done, federation.rounds, done, name=folder.name, clients=made.clients)
@@ -167,7 +184,7 @@ def _ask(grid: Grid, nodes: Iterable[int]) -> dict[int, int]:
 
 
 def _resume(
-    grid: Grid, auditor: Auditor, audited: AuditStrategy, folder: Path
+    grid: Grid, auditor: Auditor, audited: AuditStrategy, folder: Path, signal: LeakageSignal | None
 ) -> checkpoint.Checkpoint | None:
     if not isinstance(grid, InProcessGrid):
         raise ConfigError(
@@ -180,7 +197,23 @@ def _resume(
     grid.restore_node_states(start.nodes)
     if auditor.log:
         auditor.log.drop_rounds_after(start.round)
+    if signal is not None:
+        signal.recall(load_run(folder).records)
     return start
+
+
+def _signal(made: Setup) -> LeakageSignal | None:
+    """What clients are told of the last round's leakage, if their defense asks for it."""
+    changing = adaptive(made.defense)
+    if changing is None or not changing.signal:
+        return None
+    return LeakageSignal(changing.signal, changing.target)
+
+
+def _tell(signal: LeakageSignal, auditor: Auditor, _round: int) -> dict[str, float]:
+    """What the train configuration says of the round before, whose rows are the auditor's current ones."""
+    signal.hear(auditor.current)
+    return {} if signal.value is None else {LEAKAGE: signal.value}
 
 
 def _evaluate(made: Setup, arrays: ArrayRecord) -> tuple[float, float]:

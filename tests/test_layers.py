@@ -7,10 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = """\
-errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet __version__
-accounting rank_correlation claims
+errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet \
+__version__ gaussian_mechanism
+accounting rank_correlation claims leakage_signal
 measures attacks canaries defenses data models
-auditor audit_rows report training kept_files verification
+auditor audit_rows report training kept_files verification round_release
 flower simulation
 app calibration offline_attacks insight cli watch __main__ __init__
 strategies clients"""

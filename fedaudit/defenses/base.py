@@ -1,8 +1,10 @@
 """What a defense is to the code that trains and accounts."""
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from fedaudit.types import Guarantee, StepRelease
@@ -76,4 +78,81 @@ class Defense(Protocol):
 
     def restore(self, model: nn.Module) -> None:
         """Undo `prepare`, whatever happened in between, given the model it returned."""
+        ...
+
+    def protect(self, delta: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+        """What a client sends of its finished update; the very same tensors where nothing changes.
+
+        Args:
+            delta: returned minus broadcast by name, for every floating-point entry, buffers included.
+            generator: source of the defense's randomness, on the CPU like `delta`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is agreed before a run starts, and depends on nobody's data but the number of examples.
+
+    Attributes:
+        rounds: of the whole run.
+        batch_size: (expected) batch size.
+        steps: optimiser steps of one round of a client with that many examples.
+    """
+
+    rounds: int
+    batch_size: int
+    steps: Callable[[int], int]
+
+
+@runtime_checkable
+class AdaptiveDefense(Defense, Protocol):
+    """A defense whose release differs from round to round, within a total that is decided in advance.
+
+    Attributes:
+        signal: the server-side quantity whose last value clients are told; empty if none is wanted.
+        target: what that value is divided by; 0 means by its mean over the rounds so far.
+    """
+
+    @property
+    def signal(self) -> str: ...
+
+    @property
+    def target(self) -> float: ...
+
+    def planned(self, plan: RunPlan) -> "AdaptiveDefense":
+        """The same defense for a given run; without it there is no budget to divide."""
+        ...
+
+    def release_in_round(
+        self, num_examples: int, round_number: int, ledger: "Ledger", leakage: float | None
+    ) -> StepRelease:
+        """What one local step of a client makes visible in this round.
+
+        Args:
+            num_examples: the client's examples.
+            round_number: from 1.
+            ledger: what the client spent before this round.
+            leakage: the signal over its target, measured on what was released before; None if unknown.
+        """
+        ...
+
+
+def adaptive(defense: Defense) -> AdaptiveDefense | None:
+    """The defense itself if it changes from round to round; a structural check costs more than an epsilon."""
+    kind = type(defense)
+    if kind not in _adapts:
+        _adapts[kind] = isinstance(defense, AdaptiveDefense)
+    return cast(AdaptiveDefense, defense) if _adapts[kind] else None
+
+
+_adapts: dict[type, bool] = {}
+
+
+@runtime_checkable
+class BudgetedByRound(Protocol):
+    """A defense that divides its budget over the rounds of a run, which it has to be told."""
+
+    def over_rounds(self, rounds: int) -> Defense:
+        """The same defense for a client that sends one update in each of so many rounds."""
         ...

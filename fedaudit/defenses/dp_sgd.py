@@ -1,10 +1,11 @@
 """Opacus DP-SGD inside the client: an example-level guarantee, also against the server."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -180,6 +181,10 @@ class DPSGD:
         if isinstance(model, PerExampleModule):
             for parameter in model.to_standard_module().parameters():
                 parameter.__dict__.pop("summed_grad", None)
+
+    def protect(self, delta: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+        """The update itself: its steps are protected already."""
+        return dict(delta)
 
 
 def _clip_norm(release: StepRelease) -> float:

@@ -21,6 +21,8 @@ from fedaudit.types import ClientUpdate, Estimate, Skip
 _Record = TypeVar("_Record", ArrayRecord, MetricRecord)
 AUDIT_RECORD = "fedaudit"
 MEASURE_PREFIX = "measure."
+LEAKAGE = "leakage"
+"""Key of the train configuration under which a server tells what it measured last, relative to a target."""
 MOST_EXAMPLES = 10_000_000_000
 
 

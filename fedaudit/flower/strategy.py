@@ -10,7 +10,7 @@ DP(AuditStrategy(FedAvg)) sees what the DP wrapper made of it.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
@@ -46,6 +46,9 @@ class AuditStrategy(Strategy):
             strategies know how to handle (FedAvg goes on without it; a DP wrapper, whose noise is
             calibrated to the number of clients, gives up the round). If False it is handed on untouched.
         weight_key: the metric that weights a client.
+        announce: numbers to add to the train configuration of a round, given its number; None adds none and
+            hands the wrapped strategy the very configuration that came in. What is announced must come
+            from what clients released and from the server's own data: clients choose noise by it.
 
     Raises:
         ConfigError: if the wrapped strategy overrides `start`, which would bypass the audit.
@@ -59,6 +62,7 @@ class AuditStrategy(Strategy):
         client_ids: Mapping[int, int] | None = None,
         reject_bad_updates: bool = True,
         weight_key: str = "num-examples",
+        announce: Callable[[int], Mapping[str, float]] | None = None,
     ) -> None:
         if type(strategy).start is not Strategy.start:
             raise ConfigError(
@@ -70,6 +74,7 @@ class AuditStrategy(Strategy):
         self.client_ids = dict(client_ids or {})
         self.reject_bad_updates = reject_bad_updates
         self.weight_key = weight_key
+        self.announce = announce
         self._broadcast: dict[str, Tensor] = {}
         self._sent: list[Message] = []
 
@@ -78,6 +83,9 @@ class AuditStrategy(Strategy):
     ) -> Iterable[Message]:
         """Configure training as the wrapped strategy does, and remember what is sent to whom."""
         self._broadcast = dict(to_state_dict(arrays))
+        announced = self.announce(server_round) if self.announce is not None else {}
+        if announced:
+            config = ConfigRecord({**config, **announced})
         self._sent = list(self.strategy.configure_train(server_round, arrays, config, grid))
         return self._sent
 

@@ -21,11 +21,13 @@ from fedaudit.claims import (
     Watcher,
 )
 from fedaudit.config import RunConfig
-from fedaudit.defenses.base import Defense
+from fedaudit.defenses.base import BudgetedByRound, Defense
+from fedaudit.defenses.chain import Chain, claims_left
 from fedaudit.errors import RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run
 from fedaudit.registry import DEFENSES
+from fedaudit.round_release import release_behind
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
@@ -34,6 +36,7 @@ from fedaudit.verification.memory import NoiseMemory
 from fedaudit.verification.round import ALPHA, verify_round
 
 State = Mapping[str, Tensor]
+_HIDDEN = "what a later defense does to the update hides it; the client sees the update in between"
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ def verify_run(
     recorded = RecordedRun(folder)
     config = recorded.config
     defense: Defense = DEFENSES.build(parse_spec(config.defense.name))
+    if isinstance(defense, BudgetedByRound):
+        defense = defense.over_rounds(config.federation.rounds)
     general = strategy_claims(
         config.strategy.name,
         clients=config.federation.clients,
@@ -172,11 +177,15 @@ def verify_run(
         own: dict[int, list[Claim]] = {}
         noise_free: dict[int, State] = {}
         for update in updates:
-            release = recorded.release(defense, update.num_examples)
+            planned = recorded.release(defense, update.num_examples)
+            release = release_behind(defense, update) or planned
             steps = steps_per_round(update.num_examples, settings)
             claims, unstated = step_claims(release, settings, update.num_examples, steps)
-            if isinstance(defense, Claiming):
-                claims += defense.claims(update, settings)
+            parts = defense.parts if isinstance(defense, Chain) else (defense,)
+            own_claims = [part.claims(update, settings) for part in parts if isinstance(part, Claiming)]
+            claims, hidden = claims_left([claims, *own_claims])
+            unstated += [Unstated(claim, _HIDDEN) for claim in hidden]
+            claims += _client_epsilon(update, claims, stated)
             own[update.client_id] = [*claims, *_epsilon(update, release, steps, stated)]
             findings += [_unstated(part, update, observer) for part in unstated]
             if extra is not None:
@@ -216,6 +225,24 @@ def _epsilon(
         return []
     multiplier = release.noise_std / release.clip_norm
     return [EpsilonClaim(epsilon, delta, "example", kind, multiplier, release.sample_rate, steps * rounds)]
+
+
+def _client_epsilon(
+    update: ClientUpdate,
+    claims: Sequence[Claim],
+    stated: Mapping[tuple[int, int], tuple[float, float, str, str, int]],
+) -> list[Claim]:
+    """A client-level epsilon follows from noise on whole updates, one release a round, without sampling."""
+    claim = stated.get((update.round, update.client_id))
+    noise = next((c for c in claims if isinstance(c, GaussianNoise) and c.on == "update"), None)
+    clip = next((c for c in claims if isinstance(c, ClipNorm) and (c.of, c.by) == ("update", "client")), None)
+    if claim is None or noise is None or clip is None:
+        return []
+    epsilon, delta, unit, accountant, rounds = claim
+    kind = next((known for known in (*get_args(Accountant), "analytic") if known == accountant), None)
+    if kind is None or unit != "client":
+        return []
+    return [EpsilonClaim(epsilon, delta, "client", kind, noise.std / clip.norm, steps=rounds)]
 
 
 def _follows_norm(claim: Claim) -> bool:

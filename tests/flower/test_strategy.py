@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
@@ -89,6 +89,43 @@ def test_the_wrapped_strategy_ends_in_the_same_bits(name, tmp_path):
     assert sum(row.quantity == "update-norm" for row in auditor.current) == N
 
 
+def test_an_announced_number_reaches_clients_and_the_callers_configuration_stays_as_it_is(tmp_path):
+    received = []
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        received.append(dict(message.content["config"].items()))
+        content = RecordDict(
+            {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})}
+        )
+        return Message(content, reply_to=message)
+
+    own = ConfigRecord({"lr": 0.5})
+    told = {1: {}, 2: {"leakage": 0.75}}
+    strategy = AuditStrategy(STRATEGIES["FedAvg"](), Auditor(tmp_path / "run"), announce=told.__getitem__)
+    with InProcessGrid(app, N, seed=1) as grid:
+        strategy.start(grid, initial(), num_rounds=2, train_config=own)
+    assert received[:N] == [{"lr": 0.5, "server-round": 1}] * N
+    assert received[N:] == [{"lr": 0.5, "leakage": 0.75, "server-round": 2}] * N
+    assert "leakage" not in own
+
+
+def test_without_an_announcement_the_wrapped_strategy_gets_the_very_configuration(tmp_path):
+    seen = []
+
+    class Spy(flower.FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            seen.append(config)
+            return []
+
+    own = ConfigRecord({})
+    for announce in (None, lambda _: {}):
+        strategy = AuditStrategy(Spy(), Auditor(tmp_path / "run"), announce=announce)
+        list(strategy.configure_train(1, initial(), own, None))
+    assert all(config is own for config in seen) and len(seen) == 2
+
+
 def float_app() -> ClientApp:
     app = ClientApp()
 
@@ -109,6 +146,7 @@ def test_flowers_fixed_clipping_ends_in_the_same_bits(tmp_path):
 
     ends = []
     for strategy in (private(), AuditStrategy(private(), Auditor(tmp_path / "run"))):
+        random.seed(7)  # the order of clients, and with it that of a sum of floats
         np.random.seed(7)
         with InProcessGrid(float_app(), N, seed=1) as grid:
             start = ArrayRecord({"w": Array(np.zeros(8, np.float32))})

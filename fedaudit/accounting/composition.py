@@ -1,95 +1,25 @@
-"""Privacy accounting of the sampled Gaussian mechanism over a client's whole life.
-
-A step includes every example independently with probability q, adds up the examples' gradients, each
-clipped to norm C, and adds N(0, (sigma C)^2 I); sigma is the noise multiplier. The ledger remembers
-(sigma, q, steps) for every step a client ever took, because epsilon is a property of all of them:
-an accountant created anew in every round reports the epsilon of one round.
-
-Neighbouring datasets differ by adding or removing one example. The client's number of examples and
-its participation are taken to be public, and no amplification from sampling clients is claimed: the
-server sees who replies.
-"""
+"""Epsilon of a whole ledger whose noise was decided in advance, and the noise that a target needs."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fedaudit.accounting.ledger import Entry, Ledger, check_delta, check_step
+from fedaudit.accounting.renyi import conversion, orders, rdp_of_step
+
 Accountant = Literal["rdp", "prv", "pld"]
-Entry = tuple[float, float, int]
 
 _LARGEST_NOISE = 1e6
 _SMALLEST_NOISE = 0.02
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Every noisy step a client took: entries (noise multiplier, sample rate, steps), oldest first.
-
-    Consecutive entries with equal noise and rate are one entry; order does not change epsilon.
-
-    Raises:
-        ValueError: for a noise multiplier <= 0, a sample rate outside (0, 1] or steps < 1.
-
-    >>> Ledger().add(1.0, 0.1, steps=4).add(1.0, 0.1, steps=4)
-    Ledger(history=((1.0, 0.1, 8),))
-    """
-
-    history: tuple[Entry, ...] = ()
-
-    def __post_init__(self) -> None:
-        merged: list[Entry] = []
-        for noise_multiplier, sample_rate, steps in self.history:
-            _check_step(noise_multiplier, sample_rate, steps)
-            entry = (float(noise_multiplier), float(sample_rate), int(steps))
-            if merged and merged[-1][:2] == entry[:2]:
-                entry = (*entry[:2], merged.pop()[2] + entry[2])
-            merged.append(entry)
-        object.__setattr__(self, "history", tuple(merged))
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far."""
-        return sum(steps for _, _, steps in self.history)
-
-    def add(self, noise_multiplier: float, sample_rate: float, steps: int) -> "Ledger":
-        """The ledger after `steps` more steps; zero steps change nothing."""
-        if steps == 0:
-            return self
-        return Ledger((*self.history, (noise_multiplier, sample_rate, steps)))
-
-    def to_lists(self) -> dict[str, list[float] | list[int]]:
-        """The history as three lists of plain numbers, as a Flower record can hold them."""
-        return {
-            "noise-multipliers": [noise for noise, _, _ in self.history],
-            "sample-rates": [rate for _, rate, _ in self.history],
-            "steps": [steps for _, _, steps in self.history],
-        }
-
-    @classmethod
-    def from_lists(cls, lists: Mapping[str, Any]) -> "Ledger":
-        """The ledger that `to_lists` wrote; missing lists are empty ones.
-
-        Raises:
-            ValueError: if the lists differ in length or hold an impossible entry.
-        """
-        columns: list[Sequence[float]] = [list(lists.get(name, ())) for name in Ledger().to_lists()]
-        if len({len(column) for column in columns}) != 1:
-            raise ValueError(
-                "the three lists of a ledger have equal lengths, got "
-                f"{', '.join(str(len(column)) for column in columns)}: the ledger is damaged"
-            )
-        return cls(tuple((n, q, int(t)) for n, q, t in zip(*columns, strict=True)))
 
 
 def epsilon(ledger: Ledger, delta: float, accountant: Accountant = "rdp") -> float:
     """Upper bound on epsilon at `delta` of everything in the ledger; 0 for an empty one.
 
     "rdp" adds Rényi divergences of the sampled Gaussian (Mironov, Talwar, Zhang 2019, arXiv
-    1908.10530; Opacus' values) and converts once by Balle et al. 2020 (arXiv 1905.09982, theorem 21),
+    1908.10530) and converts once by Balle et al. 2020 (arXiv 1905.09982, theorem 21),
     eps = rdp(a) + ln((a-1)/a) - (ln delta + ln a)/(a-1), minimised over orders 1.01 to 1024. Beyond
     those orders (epsilon under about 0.01, or in the hundreds) the bound holds but is looser.
     "prv" composes privacy random variables by FFT (Gopi et al. 2021, arXiv 2106.02848; Opacus) and
@@ -98,8 +28,8 @@ def epsilon(ledger: Ledger, delta: float, accountant: Accountant = "rdp") -> flo
     milliseconds and is 5 to 25 % larger at epsilons of 1 to 10, and much larger under 0.2; "prv" and
     "pld" cost tenths of a second.
 
-    It is a bound under the mechanism's assumptions (Poisson sampling, secret noise), not a
-    measurement, and not a client-level guarantee. Results are remembered.
+    It is a bound under the mechanism's assumptions (Poisson sampling, secret noise, noise decided before
+    the first step), not a measurement, and not a client-level guarantee. Results are remembered.
 
     Args:
         ledger: every step taken.
@@ -128,8 +58,8 @@ def noise_multiplier_for(
     """The smallest noise multiplier whose epsilon after `steps` steps is at most `epsilon`.
 
     Within a factor 1.0002 ("rdp") or 1.002 ("prv", "pld") of the smallest, and always on the private
-    side; multipliers under 0.02 are not sought. Results are remembered. "rdp" takes up to half a
-    second, "prv" and "pld" seconds.
+    side; multipliers under 0.02 are not sought. Results are remembered. "rdp" takes
+    milliseconds, "prv" and "pld" seconds.
 
     Opacus' `get_noise_multiplier` solves the same equation to an absolute tolerance of 0.01 in
     epsilon. It cannot reach targets under about 0.15, as its orders end at 63, has no "pld", and
@@ -144,7 +74,7 @@ def noise_multiplier_for(
     from scipy.optimize import brentq  # type: ignore[import-untyped, unused-ignore]
 
     _check_target(delta, accountant)
-    _check_step(1.0, sample_rate, steps)
+    check_step(1.0, sample_rate, steps)
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon must be a number > 0, got {epsilon}: choose e.g. 8")
 
@@ -182,46 +112,40 @@ def _epsilon(history: tuple[Entry, ...], delta: float, accountant: Accountant) -
     return max(0.0, compose(history, delta))  # the conversions may fall below 0, where 0 holds
 
 
-@lru_cache(maxsize=1)
-def _orders() -> tuple[float, ...]:
-    """Opacus' orders with 1.01 to 1.09 below and 64 to 1024 above them, ascending."""
-    from fedaudit.opacus_parts import RDPAccountant
-
-    below = [1 + i / 100 for i in range(1, 10)]
-    above = [64, 72, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
-    return tuple(sorted(map(float, {*below, *RDPAccountant.DEFAULT_ALPHAS, *above})))
-
-
-@lru_cache(maxsize=65536)
-def _rdp_of_step(noise_multiplier: float, sample_rate: float, order: float) -> float:
-    """Rényi divergence of one step; infinite where the series cannot be summed in floats."""
-    from fedaudit.opacus_parts import compute_rdp
-
-    try:
-        rdp = np.sum(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=[order]))
-    except (OverflowError, ValueError):
-        return math.inf
-    return math.inf if math.isnan(rdp) else float(rdp)
-
-
 def _rdp_epsilon(history: tuple[Entry, ...], delta: float) -> float:
-    orders = _orders()
+    return _best(history, delta)[0]
+
+
+def best_order(ledger: Ledger, delta: float) -> float:
+    """The Rényi order at which `epsilon` of a ledger is attained; it depends on no output.
+
+    Raises:
+        ValueError: for an empty ledger or a delta outside (0, 1).
+    """
+    check_delta(delta)
+    if not ledger.history:
+        raise ValueError("an empty ledger has no best order, got no steps: plan some")
+    return _best(ledger.history, delta)[1]
+
+
+def _best(history: tuple[Entry, ...], delta: float) -> tuple[float, float]:
+    """Smallest bound over orders, and its order."""
 
     def at(index: int) -> float:
-        a = orders[index]
-        rdp = sum(steps * _rdp_of_step(noise, rate, a) for noise, rate, steps in history)
-        return rdp + math.log((a - 1) / a) - (math.log(delta) + math.log(a)) / (a - 1)
+        order = orders()[index]
+        rdp = sum(steps * rdp_of_step(noise, rate, order) for noise, rate, steps in history)
+        return rdp + conversion(order, delta)
 
     # (a-1)*at is convex in a, so `at` falls, then rises: bisection finds the minimum with few of the
     # costly divergences. Any order gives a valid bound, so rounding can only loosen it.
-    low, high = 0, len(orders) - 1
+    low, high = 0, len(orders()) - 1
     while low < high:
         middle = (low + high) // 2
         if at(middle) <= at(middle + 1):
             high = middle
         else:
             low = middle + 1
-    return at(low)
+    return at(low), orders()[low]
 
 
 def _prv_epsilon(history: tuple[Entry, ...], delta: float) -> float:
@@ -254,19 +178,7 @@ def _pld_epsilon(history: tuple[Entry, ...], delta: float) -> float:
     return float(total.get_epsilon_for_delta(delta))
 
 
-def _check_step(noise_multiplier: float, sample_rate: float, steps: int) -> None:
-    if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
-        raise ValueError(
-            f"a noise multiplier must be a number > 0, got {noise_multiplier}: no noise, no epsilon"
-        )
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"a sample rate must lie in (0, 1], got {sample_rate}: use batch size / examples")
-    if steps < 1 or steps != int(steps):
-        raise ValueError(f"steps must be a whole number >= 1, got {steps}: count optimiser steps")
-
-
 def _check_target(delta: float, accountant: str) -> None:
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie in (0, 1), got {delta}: choose it well below 1 / examples")
+    check_delta(delta)
     if accountant not in get_args(Accountant):
         raise ValueError(f"an accountant is one of {', '.join(get_args(Accountant))}, got {accountant!r}")
