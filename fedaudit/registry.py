@@ -182,6 +182,10 @@ MEASURES = Registry(
             "nats a probe finds in each layer's gradient about a latent attribute",
             "fedaudit.measures.usable_information:usable_attribute",
         ),
+        "membership-inference": (
+            "how well a server tells a client's examples from others by its update",
+            "fedaudit.membership_inference:MembershipInference",
+        ),
     },
 )
 ATTACKS = Registry(
