@@ -10,7 +10,7 @@ LAYERS = """\
 errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet __version__
 accounting rank_correlation linear_probes
 measures attacks canaries defenses data models
-auditor audit_rows report training kept_files candidate_scores membership_inference
+auditor audit_rows report training kept_files candidate_scores membership_inference shadow_updates
 flower simulation
 app calibration offline_attacks cli watch __main__ __init__
 strategies clients"""
