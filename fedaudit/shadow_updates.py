@@ -17,6 +17,8 @@ from fedaudit.measures.round_examples import broadcast_model
 from fedaudit.training import TrainSettings, client_seed, plan_batches, train_locally
 from fedaudit.types import ClientUpdate, RoundContext, StepRelease
 
+_VALIDATION = 1 / 3  # of the shadows, and of the examples they are made of
+
 
 def shadow_updates(
     like: ClientUpdate,
@@ -78,16 +80,17 @@ def infer_attribute(
     settings: TrainSettings,
     *,
     defense: Defense | None = None,
-    shadows: int = 64,
+    shadows: int = 90,
     low: float = 0.25,
     high: float = 0.75,
     dims: int = 32,
 ) -> AttributeInference:
     """Which clients hold many examples with the attribute, as a server tells from its own reference data.
 
-    Shadows hold as many examples as the median client states. See `attribute_inference` for what is found
-    and what is not. An oracle scores it: the area under the ROC curve of the log odds over clients whose
-    prevalence it knows.
+    A third of the shadows, and of the reference examples, validate the probe: the two sets of shadows share
+    no example. A shadow holds as many examples as the median client states, or fewer where the reference has
+    too few. See `attribute_inference` for what is found and what is not. An oracle scores it: the area under
+    the ROC curve of the log odds over clients whose prevalence it knows.
 
     Args:
         updates: clients' updates that started from the same weights.
@@ -95,14 +98,14 @@ def infer_attribute(
         attribute: which of the reference examples have it, booleans (n,).
         settings: the agreed local training.
         defense: the defense in force; None is plain training.
-        shadows: how many updates to train, at least twenty.
+        shadows: how many updates to train.
         low: share of examples with the attribute in half of the shadows.
         high: share in the others.
         dims: most principal components of the shadows that the probe sees.
 
     Raises:
-        ValueError: if updates started from different weights, the context lacks something, or the reference
-            has too few examples with or without the attribute.
+        ValueError: if updates started from different weights, the context lacks something, or there are too
+            few shadows, or too few reference examples with or without the attribute.
     """
     groups = len(same_weights(updates))
     if groups != 1:
@@ -110,18 +113,34 @@ def infer_attribute(
             f"one probe reads updates that started from the same weights, got {groups} among {len(updates)} "
             "updates: group them first"
         )
+    pools = _pools(attribute, generator_for(ctx, "attribute", "pools"))
     size = sorted(update.num_examples for update in updates)[len(updates) // 2]
-    rows, frequent = prevalence_batches(
-        attribute, shadows, size, low=low, high=high, generator=generator_for(ctx, "attribute", "batches")
-    )
-    found = shadow_updates(updates[0], ctx, settings, list(rows), defense=defense, seed=ctx.seed)
-    return attribute_inference(
-        found,
-        frequent,
-        [update.delta for update in updates],
-        dims=dims,
-        generator=generator_for(ctx, "attribute", "split"),
-    )
+    for pool in pools:
+        having = int(attribute[pool].sum())
+        size = min(size, int(having / high), int((len(pool) - having) / (1 - low)))
+    counts = shadows - round(_VALIDATION * shadows), round(_VALIDATION * shadows)
+    sides: list[tuple[list[dict[str, Tensor]], Tensor]] = []
+    for number, (pool, count) in enumerate(zip(pools, counts, strict=True)):
+        generator = generator_for(ctx, "attribute", "batches", number)
+        rows, frequent = prevalence_batches(
+            attribute[pool], count, size, low=low, high=high, generator=generator
+        )
+        seed = client_seed(ctx.seed, number, ctx.round)
+        trained = shadow_updates(updates[0], ctx, settings, list(pool[rows]), defense=defense, seed=seed)
+        sides.append((trained, frequent))
+    return attribute_inference(sides[0], sides[1], [update.delta for update in updates], dims=dims)
+
+
+def _pools(attribute: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positions of the examples for training and for validation, alike in the attribute."""
+    parts: list[list[Tensor]] = [[], []]
+    for kind in (False, True):
+        own = torch.nonzero(attribute == kind).flatten()
+        own = own[torch.randperm(len(own), generator=generator)]
+        cut = len(own) - round(_VALIDATION * len(own))
+        parts[0].append(own[:cut])
+        parts[1].append(own[cut:])
+    return torch.cat(parts[0]), torch.cat(parts[1])
 
 
 def _release_for(release: StepRelease | None, settings: TrainSettings, size: int) -> StepRelease | None:

@@ -11,12 +11,15 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fedaudit.attacks.roc import Rate, auc
+from fedaudit.attacks.roc import auc
 from fedaudit.linear_probes import fit_logistic
 
-MINIMUM_SHADOWS = 20
+Update = Mapping[str, Tensor]
+Shadows = tuple[Sequence[Update], Tensor]
+
+MINIMUM_TRAINING = 5  # shadows of each kind
+MINIMUM_VALIDATION = 3
 BLOCK = 2**21  # numbers in one block of updates: 16 MB in float64
-_TRAINING = 0.7  # of the shadows of each kind; on the others the probe's penalty is chosen
 _NEGLIGIBLE = 1e-10  # a layer's squared length is 1: a component of less variance is noise of rounding
 
 
@@ -26,13 +29,14 @@ class AttributeInference:
 
     Attributes:
         log_odds: that the attribute is frequent (T,); above 0 for yes.
-        shadow_auc: how well the probe orders the shadows that only its penalty was chosen on.
+        shadow_auc: how well the probe orders the validation shadows, which its penalty was chosen on. They
+            share examples: with few of them it can lie far from 0.5 by chance, and it has no interval.
         dims: components the probe sees.
         penalty: its L2 penalty.
     """
 
     log_odds: Tensor
-    shadow_auc: Rate
+    shadow_auc: float
     dims: int
     penalty: float
 
@@ -95,19 +99,16 @@ def prevalence_batches(
 
 
 def attribute_inference(
-    shadows: Sequence[Mapping[str, Tensor]],
-    frequent: Tensor,
-    targets: Sequence[Mapping[str, Tensor]],
-    *,
-    dims: int = 32,
-    generator: torch.Generator,
+    training: Shadows, validation: Shadows, targets: Sequence[Update], *, dims: int = 32
 ) -> AttributeInference:
     """Log odds that the attribute is frequent in what each target update was trained on.
 
     Features: every layer's part of an update, scaled to length 1 so that no layer drowns the others and the
-    learning rate does not matter, projected on the shadows' principal components. The components are those
-    of the shadows the probe is trained on; the other shadows and the targets are new to them alike. Probe:
+    learning rate does not matter, projected on the principal components of the training shadows. Probe:
     logistic regression with an L2 penalty. It never sees whose attribute is frequent among the targets.
+
+    Validation shadows must come from OTHER examples than the training shadows: a probe that recognises the
+    examples themselves tells the shadows apart perfectly and knows nothing of the targets.
 
     It tells two kinds of clients apart as the shadows were made, and nothing in between. Where the attribute
     goes along with something else in the reference data (a class, say), the probe may read that instead.
@@ -117,65 +118,43 @@ def attribute_inference(
     updates, Melis et al. 2018, arXiv 1805.04049.
 
     Args:
-        shadows: S updates of the observer's own, by parameter name, from the weights the targets started at.
-        frequent: whether the attribute was frequent in each shadow, booleans (S,).
+        training: updates of the observer's own, by parameter name, from the weights the targets started at,
+            and whether the attribute was frequent in each (booleans).
+        validation: the same from other examples; they choose the penalty.
         targets: T updates of clients.
         dims: most principal components.
-        generator: source of the split of the shadows.
 
     Raises:
-        ValueError: if there are fewer than twenty shadows or five of a kind, updates do not match, or one is
-            not finite.
+        ValueError: if there are too few shadows of a kind, updates do not match, or one is not finite.
     """
-    _check(shadows, frequent, targets, dims)
-    training, validation = _split(frequent, generator)
-    fitted = [shadows[i] for i in training.tolist()]
-    others = [shadows[i] for i in validation.tolist()]
-    inner, outer = _coordinates(fitted, [*others, *targets], dims)
-    held, mine = outer[: len(others)], outer[len(others) :]
-    probe = fit_logistic((inner, frequent[training]), (held, frequent[validation]))
-    known = auc(probe(held), frequent[validation])
+    _check(training, validation, targets, dims)
+    count = len(validation[0])
+    inner, outer = _coordinates(training[0], [*validation[0], *targets], dims)
+    held, mine = outer[:count], outer[count:]
+    probe = fit_logistic((inner, training[1]), (held, validation[1]))
+    known = auc(probe(held), validation[1]).value
     return AttributeInference(probe(mine), known, inner.shape[1], probe.penalty)
 
 
-def _check(
-    shadows: Sequence[Mapping[str, Tensor]],
-    frequent: Tensor,
-    targets: Sequence[Mapping[str, Tensor]],
-    dims: int,
-) -> None:
-    if len(shadows) != len(frequent) or len(shadows) < MINIMUM_SHADOWS or dims < 1:
-        raise ValueError(
-            f"a probe needs at least {MINIMUM_SHADOWS} shadows, a boolean for each and dims >= 1, got "
-            f"{len(shadows)}, {len(frequent)} and dims={dims}: train more shadows"
-        )
-    if min(int(frequent.sum()), int((~frequent).sum())) < 5:
-        raise ValueError(
-            f"a probe needs five shadows of each kind, got {int(frequent.sum())} with the attribute frequent "
-            f"of {len(shadows)}: draw both kinds equally"
-        )
-    shapes = [{name: t.shape for name, t in update.items()} for update in [*shadows, *targets]]
+def _check(training: Shadows, validation: Shadows, targets: Sequence[Update], dims: int) -> None:
+    for (shadows, frequent), least in ((training, MINIMUM_TRAINING), (validation, MINIMUM_VALIDATION)):
+        kinds = int(frequent.sum()), int((~frequent).sum())
+        if sum(kinds) != len(shadows) or min(kinds) < least:
+            raise ValueError(
+                f"a probe needs at least {least} shadows of each kind, got {len(shadows)} shadows of which "
+                f"{kinds[0]} are with and {kinds[1]} without the attribute frequent: train more"
+            )
+    if dims < 1:
+        raise ValueError(f"a probe needs dims >= 1, got {dims}: use e.g. 32")
+    updates = [*training[0], *validation[0], *targets]
+    shapes = [{name: tensor.shape for name, tensor in update.items()} for update in updates]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("shadows and targets must hold the same parameters, got others: use one model")
-    if not all(bool(t.isfinite().all()) for update in [*shadows, *targets] for t in update.values()):
+    if not all(bool(tensor.isfinite().all()) for update in updates for tensor in update.values()):
         raise ValueError("updates must be finite, got NaN or infinity: leave these out")
 
 
-def _split(frequent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions to train on and to choose the penalty on, the same share of each kind."""
-    parts: list[list[Tensor]] = [[], []]
-    for kind in (False, True):
-        own = torch.nonzero(frequent == kind).flatten()
-        own = own[torch.randperm(len(own), generator=generator)]
-        cut = round(_TRAINING * len(own))
-        parts[0].append(own[:cut])
-        parts[1].append(own[cut:])
-    return torch.cat(parts[0]), torch.cat(parts[1])
-
-
-def _coordinates(
-    fitted: Sequence[Mapping[str, Tensor]], others: Sequence[Mapping[str, Tensor]], dims: int
-) -> tuple[Tensor, Tensor]:
+def _coordinates(fitted: Sequence[Update], others: Sequence[Update], dims: int) -> tuple[Tensor, Tensor]:
     """Principal coordinates (S, d) of the updates they are fitted to, and of others (T, d)."""
     S = len(fitted)
     gram = torch.zeros(S + len(others), S, dtype=torch.float64)
@@ -190,7 +169,7 @@ def _coordinates(
     return coordinates[:S], coordinates[S:]
 
 
-def _scaled_blocks(updates: Sequence[Mapping[str, Tensor]]) -> Iterator[Tensor]:
+def _scaled_blocks(updates: Sequence[Update]) -> Iterator[Tensor]:
     """A few columns at a time of all updates (N, c), every layer of each scaled to length 1; float64."""
     width = max(1, BLOCK // len(updates))
     for _, group in groupby(updates[0], key=lambda name: name.rpartition(".")[0]):
