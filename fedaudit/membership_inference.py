@@ -53,7 +53,7 @@ class MembershipInference:
         candidates: largest number of members, and of non-members, per client.
     """
 
-    score: Score = "fedmia-cosine"
+    score: Score = "matched-filter"
     candidates: int = 256
 
     name: ClassVar[str] = "membership-inference"

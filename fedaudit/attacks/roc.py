@@ -131,7 +131,8 @@ def true_positives_at(
     well: the false-positive rate of the k-th largest of n non-members' scores is Beta(k, n - k + 1). The low
     end is Clopper-Pearson's at a threshold that surely keeps `fpr`, the high end at one that surely exceeds
     it, with a quarter of 1 - level for each of the four ways to fail: distribution-free, and on the safe
-    side. With clusters it is a percentile bootstrap that draws whole clusters and finds the threshold anew.
+    side. With clusters it is a percentile bootstrap that draws whole clusters and finds the threshold anew;
+    where none or all are named, which no bootstrap can doubt, Clopper-Pearson's on one member per cluster.
 
     Args:
         fpr: false-positive rate in (0, 1), e.g. 0.01.
@@ -163,6 +164,9 @@ def true_positives_at(
         return Rate(math.nan, math.nan, math.nan, reason)
     falling = outside.sort(descending=True).values
     value = float((inside > falling[allowed]).double().mean())
+    if clusters is not None and value in (0.0, 1.0):
+        count = _complete(clusters, members)
+        return Rate(value, *_clopper_pearson(round(value) * count, count, 1 - level))
     if clusters is not None:
         return Rate(value, *_tpr_bootstrap(fpr, scores, members, clusters, level, seed))
     return Rate(value, *_tpr_interval(fpr, inside, falling, (1 - level) / 4))

@@ -166,6 +166,13 @@ def test_true_positives_over_clients_are_resampled_by_client() -> None:
     assert [found.low, found.high] == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=1e-9)
 
 
+def test_no_member_named_in_any_client_is_not_proof_of_none() -> None:
+    _, members, clusters = shared_levels(1, 1.0)
+    found = true_positives_at(0.05, -members.double(), members, clusters=clusters)
+    assert (found.value, found.low) == (0.0, 0.0)
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 12))
+
+
 def test_two_clients_give_no_interval_over_clients() -> None:
     scores, members = draws(60, 60, 1.0, 0)
     for found in (
