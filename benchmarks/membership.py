@@ -130,7 +130,7 @@ def described(run: Run, made: Setup) -> dict[str, Any]:
         "accuracy-test": round(accuracy, 3),
         "accuracy-of-returned-models-on-own-examples": round(sum(train) / len(train), 3),
         "examples-of-each-client": len(made.partitions[0]),
-        "reference-examples": extras[0]["non-members"],
+        "reference-examples": len(made.data.reference) if made.data.reference is not None else 0,
     }
     if release.noise_std:
         found |= {

@@ -20,7 +20,47 @@ from fedaudit.types import ClientUpdate, Estimate, Observer, RoundContext, Skip,
 
 FALSE_POSITIVES = (0.01, 0.001)
 MINIMUM_CANDIDATES = 5
-REFERENCE = -1  # in place of a client's id for examples that no client holds
+
+
+def matched_by_label(
+    members: Tensor, others: Tensor, most: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """As many non-members as there are with the members' shares of labels, at most `most`, drawn at random.
+
+    A client's data differ from a reference in their classes before they do in anything else, and every score
+    tells classes apart: unmatched, it finds which classes a client holds and calls it membership.
+
+    Args:
+        members: labels of the members (m,).
+        others: labels of the non-members to draw from (n,).
+        most: largest number to draw.
+        generator: source of the draws.
+
+    Returns:
+        Which members have a label that occurs among the others (m,), boolean; and the sorted positions of the
+        drawn non-members (k,), whose labels have the shares of those members' within one example each.
+
+    >>> members, others = torch.tensor([0, 0, 1, 7]), torch.tensor([0, 0, 0, 1, 1, 2])
+    >>> kept, drawn = matched_by_label(members, others, 10, torch.Generator().manual_seed(0))
+    >>> kept.tolist(), others[drawn].tolist()
+    ([True, True, True, False], [0, 0, 0, 1])
+    """
+    members, others = members.cpu(), others.cpu()
+    kept = torch.isin(members, others)
+    labels, counts = torch.unique(members[kept], return_counts=True)
+    if not len(labels):
+        return kept, torch.empty(0, dtype=torch.int64)
+    available = torch.stack([(others == label).sum() for label in labels])
+    shares = counts.double() / counts.sum()
+    total = min(most, int((available / shares + 1e-9).min()))
+    taken = (shares * total).floor()
+    by_remainder = (shares * total - taken).argsort(descending=True, stable=True)
+    taken[by_remainder[: total - int(taken.sum())]] += 1
+    drawn = []
+    for label, count in zip(labels, taken.int().tolist(), strict=True):
+        own = torch.nonzero(others == label).flatten()
+        drawn.append(own[torch.randperm(len(own), generator=generator)[:count]])
+    return kept, torch.cat(drawn).sort().values
 
 
 @dataclass
@@ -31,11 +71,15 @@ class MembershipInference:
     are the server's reference examples, which no client holds. Both are drawn at random, at most `candidates`
     each, and scored as a server would (`candidate_scores`). 0.5 is guessing; below it the score misleads.
 
+    With `match_labels` non-members have the members' shares of labels (`matched_by_label`), and members whose
+    label the reference lacks are left out: otherwise every score tells which classes a client holds, and
+    calls that membership. It leaves fewer non-members where a client holds few classes.
+
     The value is an average over thresholds and one attack's success: it is not a bound on what another attack
     finds. The settings hold the true-positive rates at 1 % and 0.1 % false positives (too few non-members
     resolve neither: the reason stands there), and "control-auc", the same for two random halves of the
-    non-members, which must lie near 0.5. Members and reference must be alike: where a client's data differ
-    from the reference (other classes, another camera), every score also tells that difference. A score at
+    non-members, which must lie near 0.5. Where a client's data differ from the reference in more than labels
+    (another camera), every score also tells that difference, and the control does not show it. A score at
     this round's weights tells about earlier rounds too, which left their mark on the broadcast weights.
 
     Where a local step is clipped and noised, "envelope-auc" is the area that the update of this round leaves
@@ -51,10 +95,12 @@ class MembershipInference:
         score: "loss", "gradient-norm", "cosine", "gradient-difference", "matched-filter", "fedmia-loss" or
             "fedmia-cosine".
         candidates: largest number of members, and of non-members, per client.
+        match_labels: whether non-members have the members' shares of labels; labels must be class indices.
     """
 
     score: Score = "matched-filter"
     candidates: int = 256
+    match_labels: bool = True
 
     name: ClassVar[str] = "membership-inference"
     unit: ClassVar[str] = "1"
@@ -101,10 +147,14 @@ class MembershipInference:
         if ctx.evidence is None:
             raise ValueError(f"{self.name} lacks what observer {ctx.observer!r} needs: see needs()")
         held = [ctx.evidence(update) for update in updates]
-        own = [self._drawn(each.x, each.y, u.client_id, ctx) for each, u in zip(held, updates, strict=True)]
-        reference = self._drawn(x, y, REFERENCE, ctx)
-        pairs = self._scores(updates, own, reference, ctx)
-        control = split_in_half(len(reference[1]), generator_for(ctx, self.name, "control"))
+        own, others = [], []
+        for each, update in zip(held, updates, strict=True):
+            order = torch.randperm(len(each.y), generator=self._generator(ctx, "members", update))
+            rows = order[: self.candidates].sort().values.to(each.y.device)
+            kept, positions = self._non_members(each.y[rows], y, self._generator(ctx, "others", update))
+            own.append((each.x[rows][kept], each.y[rows][kept]))
+            others.append(positions)
+        pairs = self._scores(updates, own, others, x, y, ctx)
         found: list[Estimate | Skip] = []
         for update, each, mine, pair in zip(updates, held, own, pairs, strict=True):
             if min(map(len, pair)) < MINIMUM_CANDIDATES:
@@ -112,36 +162,51 @@ class MembershipInference:
             elif not all(bool(side.isfinite().all()) for side in pair):
                 found.append(Skip(f"{self.score} of this client's candidates is not finite"))
             else:
+                control = split_in_half(len(pair[1]), self._generator(ctx, "control", update))
                 noise = self._envelope(update, each.release, mine, ctx)
                 found.append(self._estimate(*pair, control, noise))
         return found
 
-    def _drawn(self, x: Tensor, y: Tensor, owner: int, ctx: RoundContext) -> tuple[Tensor, Tensor]:
-        """At most `candidates` of these examples, at random."""
-        order = torch.randperm(len(y), generator=generator_for(ctx, self.name, "candidates", owner))
-        rows = order[: self.candidates].sort().values.to(y.device)
-        return x[rows], y[rows]
+    def _generator(self, ctx: RoundContext, purpose: str, update: ClientUpdate) -> torch.Generator:
+        return generator_for(ctx, self.name, purpose, update.client_id)
+
+    def _non_members(
+        self, labels: Tensor, reference: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the members to keep, and positions in the reference of the non-members."""
+        if self.match_labels:
+            return matched_by_label(labels, reference, self.candidates, generator)
+        order = torch.randperm(len(reference), generator=generator)[: self.candidates]
+        return torch.ones(len(labels), dtype=torch.bool), order.sort().values
 
     def _scores(
         self,
         updates: Sequence[ClientUpdate],
         own: Sequence[tuple[Tensor, Tensor]],
-        reference: tuple[Tensor, Tensor],
+        others: Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
         ctx: RoundContext,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Scores of each client's members and of the non-members against its update."""
+        """Scores of each client's members and of its non-members, at positions in x and y, by its update."""
         if self.score in ("loss", "gradient-norm"):  # each at other weights: score only one's own
             alone = []
-            for update, (x, y) in zip(updates, own, strict=True):
-                both = torch.cat([x, reference[0]]), torch.cat([y, reference[1]])
-                (row,) = candidate_scores(self.score, [update], ctx, *both)
-                alone.append((row[: len(y)], row[len(y) :]))
+            for update, (inputs, labels), rows in zip(updates, own, others, strict=True):
+                both = torch.cat([inputs, x[rows]]), torch.cat([labels, y[rows]])
+                scores = torch.empty(0)
+                if len(both[1]):
+                    scores = candidate_scores(self.score, [update], ctx, *both)[0]
+                alone.append((scores[: len(labels)], scores[len(labels) :]))
             return alone
-        pools = [*own, reference]
-        x, y = (torch.cat([pool[part] for pool in pools]) for part in (0, 1))
-        scores = candidate_scores(self.score, updates, ctx, x, y)
-        pieces = torch.split(scores, [len(labels) for _, labels in pools], dim=1)
-        return [(pieces[row][row], pieces[-1][row]) for row in range(len(updates))]
+        used, places = torch.unique(torch.cat(list(others)), return_inverse=True)
+        pools = [*own, (x[used], y[used])]
+        inputs, labels = (torch.cat([pool[part] for pool in pools]) for part in (0, 1))
+        if not len(labels):
+            return [(torch.empty(0), torch.empty(0))] * len(updates)
+        scores = candidate_scores(self.score, updates, ctx, inputs, labels)
+        pieces = torch.split(scores, [len(each) for _, each in pools], dim=1)
+        columns = torch.split(places, [len(rows) for rows in others])
+        return [(pieces[row][row], pieces[-1][row][columns[row]]) for row in range(len(updates))]
 
     def _envelope(
         self, update: ClientUpdate, release: StepRelease, own: tuple[Tensor, Tensor], ctx: RoundContext
@@ -185,6 +250,7 @@ class MembershipInference:
             "members-are": "held by the client",
             "non-members": len(outside),
             "non-members-are": "reference",
+            "labels-matched": self.match_labels,
         }
         for fpr in FALSE_POSITIVES:
             extra |= _described(f"tpr-at-fpr-{fpr:g}", true_positives_at(fpr, scores, members))

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fedaudit.attacks.roc import auc
 from fedaudit.candidate_scores import SCORES, candidate_scores
-from fedaudit.membership_inference import MembershipInference
+from fedaudit.membership_inference import MembershipInference, matched_by_label
 from fedaudit.needs import Needs
 from fedaudit.registry import MEASURES
 from fedaudit.spec import parse_spec
@@ -91,8 +91,9 @@ def test_examples_learnt_by_heart_are_found(score: str) -> None:
     assert mean > (0.6 if score == "gradient-difference" else 0.75), mean
     for each in found:
         assert each.low is not None and each.high is not None and each.low <= each.value <= each.high
-        # two halves of 75 non-members: variance (75 + 75 + 1) / (12 * 75 * 75)
-        assert each.extra["control-auc"] == pytest.approx(0.5, abs=4 * math.sqrt(151 / (12 * 75**2)))
+        half = int(each.extra["non-members"]) // 2  # two halves: variance (2 half + 1) / (12 half^2)
+        tolerance = 4 * math.sqrt((2 * half + 1) / (12 * half**2))
+        assert each.extra["control-auc"] == pytest.approx(0.5, abs=tolerance)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -109,10 +110,66 @@ def test_examples_that_were_not_used_are_not_found(score: str) -> None:
     assert mean == pytest.approx(0.5, abs=4 * math.sqrt((1 / 144 + 1 / 150) / 12))
 
 
+def one_sided(key: int, count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Examples of which a share has label 0 and the rest label 1; inputs differ by class."""
+    generator = torch.Generator().manual_seed(key)
+    y = (torch.rand(count, generator=generator) > share).long()
+    return torch.randn(count, FEATURES, generator=generator) + 2 * y[:, None], y
+
+
+@pytest.mark.parametrize("matched", [True, False])
+def test_clients_of_few_classes_are_not_taken_for_members(matched: bool) -> None:
+    """Updates of other examples of the same skewed classes: nobody is a member, only the classes are."""
+    release = StepRelease(None, 0.0, 1.0)
+    settings = TrainSettings(lr=0.2, batch_size=HELD, local_epochs=1)
+    before = {name: tensor.clone() for name, tensor in build_model().state_dict().items()}
+    updates = []
+    for client in range(CLIENTS):
+        model = build_model()
+        train_locally(model, *one_sided(700 + client, HELD, 0.9), [torch.arange(HELD)], settings)
+        delta = {name: tensor.detach() - before[name] for name, tensor in model.state_dict().items()}
+        updates.append(ClientUpdate(client, 1, before, delta, HELD))
+    ctx = context(
+        reference=one_sided(99, REFERENCES, 0.5),
+        evidence=lambda update: LocalEvidence(*one_sided(update.client_id, 80, 0.9), release),
+    )
+    found = estimates(MembershipInference(score="cosine", match_labels=matched), updates, ctx)
+    mean = sum(each.value for each in found) / CLIENTS
+    if matched:  # the reference has about 75 of label 0, so about 83 non-members
+        assert min(int(each.extra["non-members"]) for each in found) > 60
+        assert mean == pytest.approx(0.5, abs=4 * math.sqrt((1 / 60 + 1 / (80 * CLIENTS)) / 12))
+    else:
+        assert mean > 0.65
+
+
+def test_non_members_have_the_members_shares_of_labels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    members = torch.tensor([0] * 30 + [1] * 10 + [2] * 5 + [9] * 3)
+    others = torch.arange(200) % 5  # forty of each label
+    kept, drawn = matched_by_label(members, others, 500, generator)
+    assert kept.tolist() == [True] * 45 + [False] * 3
+    counts = torch.bincount(others[drawn], minlength=5).tolist()
+    assert counts == [40, 13, 7, 0, 0]  # 60 = 40 / (30 / 45), in the shares 2/3, 2/9 and 1/9
+    assert len(set(drawn.tolist())) == 60
+    few = matched_by_label(members, others, 9, generator)[1]
+    assert torch.bincount(others[few], minlength=5).tolist() == [6, 2, 1, 0, 0]
+    none = matched_by_label(torch.tensor([7, 8]), others, 9, generator)
+    assert not none[0].any() and len(none[1]) == 0
+
+
+@pytest.mark.parametrize("score", ["loss", "cosine"])
+def test_clients_whose_classes_the_reference_lacks_are_skipped(score: str) -> None:
+    release = StepRelease(None, 0.0, 1.0)
+    x, y = examples(1)
+    ctx = context(evidence=lambda _: LocalEvidence(x, y, release), reference=(x, torch.full_like(y, 77)))
+    found = MembershipInference(score=score)(trained(1)[:1], ctx)  # type: ignore[arg-type]
+    assert found == [Skip("membership inference needs at least 5 members and non-members, got 0 and 0")]
+
+
 def test_the_value_is_the_area_of_the_servers_scores() -> None:
     updates, ctx = trained(epochs=5), context()
     assert ctx.reference is not None
-    found = estimates(MembershipInference(score="cosine"), updates, ctx)
+    found = estimates(MembershipInference(score="cosine", match_labels=False), updates, ctx)
     for update, each in zip(updates, found, strict=True):
         x, y = examples(update.client_id)
         both = torch.cat([x, ctx.reference[0]]), torch.cat([y, ctx.reference[1]])
@@ -127,13 +184,13 @@ def test_the_value_is_the_area_of_the_servers_scores() -> None:
 
 
 def test_a_rate_that_too_few_non_members_resolve_is_a_reason() -> None:
-    (found, *_) = estimates(MembershipInference(), trained(1), context())
+    (found, *_) = estimates(MembershipInference(match_labels=False), trained(1), context())
     assert 0 <= found.extra["tpr-at-fpr-0.01-low"] <= found.extra["tpr-at-fpr-0.01"]
     assert "tpr-at-fpr-0.001" not in found.extra
     assert found.extra["tpr-at-fpr-0.001-reason"] == (
         "a false-positive rate of 0.001 needs at least 1000 non-members, got 150"
     )
-    (few, *_) = estimates(MembershipInference(candidates=20), trained(1), context())
+    (few, *_) = estimates(MembershipInference(candidates=20, match_labels=False), trained(1), context())
     assert (few.extra["members"], few.extra["non-members"]) == (20, 20)
     assert "needs at least 100 non-members, got 20" in str(few.extra["tpr-at-fpr-0.01-reason"])
 
@@ -185,7 +242,7 @@ def test_a_client_that_cannot_be_measured_does_not_take_the_others_with_it() -> 
     def evidence(update: ClientUpdate) -> LocalEvidence:
         return LocalEvidence(*examples(update.client_id, 4 if update.client_id == 1 else HELD), release)
 
-    found = MembershipInference(score="loss")(updates, context(evidence=evidence))
+    found = MembershipInference(score="loss", match_labels=False)(updates, context(evidence=evidence))
     assert [type(each) for each in found] == [Estimate, Skip, Skip, Estimate, Estimate, Estimate]
     rule = "membership inference needs at least 5 members and non-members, got 4 and 150"
     assert found[1] == Skip(rule)
