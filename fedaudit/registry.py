@@ -210,6 +210,10 @@ MEASURES = Registry(
             "nats by which an embedded gradient tells its batch from others",
             "fedaudit.measures.privacy_tokens:PrivacyTokens",
         ),
+        "membership-inference": (
+            "how well a server tells a client's examples from others by its update",
+            "fedaudit.membership_inference:MembershipInference",
+        ),
     },
 )
 ATTACKS = Registry(

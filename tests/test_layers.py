@@ -9,9 +9,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """\
 errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet \
 __version__ gaussian_mechanism
-accounting rank_correlation claims leakage_signal
+accounting rank_correlation linear_probes claims leakage_signal
 measures attacks canaries defenses data models
-auditor audit_rows report training kept_files verification round_release
+auditor audit_rows report training kept_files verification round_release \
+candidate_scores membership_inference shadow_updates
 flower simulation
 app calibration offline_attacks insight cli watch __main__ __init__
 strategies clients"""

@@ -196,6 +196,19 @@ _KNOWN = (
         "the settings hold the most memorisation that it allows.",
     ),
     Quantity(
+        "membership-inference",
+        "Membership inference (AUC)",
+        "leakage",
+        "mean",
+        -1,
+        False,
+        meaning="The chance that a server's score ranks an example a client holds above one it does not, by "
+        "the client's update; 0.5 is guessing. True-positive rates at 1 % and 0.1 % false positives, a "
+        "control that must lie near 0.5 and, where noise is known, its envelope stand under the settings.",
+        limits="One score's success, not a bound: another may find more. An average over thresholds hides a "
+        "few examples that are named for certain. It needs reference examples like the clients' own.",
+    ),
+    Quantity(
         "update-norm",
         "Update norm",
         "update",

@@ -7,7 +7,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from fedaudit.measures.linear_probes import fit_logistic, fit_ridge, gaussian_information
+from fedaudit.linear_probes import fit_logistic, fit_ridge, gaussian_information
 
 
 def gaussian(*shape: int, seed: int) -> Tensor:
