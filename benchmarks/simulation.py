@@ -81,6 +81,7 @@ def measure(config: RunConfig, options: argparse.Namespace, folder: Path) -> dic
     }
     pairs = [time_alternately(config, _plain(made)) for _ in range(options.pairs)]
     results["plain-loop"] = compare(pairs, ("in-process", "plain-loop"), COHORT)
+    results["plain-loop-two-workers"] = two_workers(config, made, options.pairs)
     if options.pfl_python is None:
         results["pfl"] = "left out: no --pfl-python"
     else:
@@ -99,6 +100,14 @@ def measure(config: RunConfig, options: argparse.Namespace, folder: Path) -> dic
             training = [time_alternately(mine, _plain(setup(mine.flat())))[1] for _ in pairs]
             results["ray-overhead"] = overhead(pairs, training, options.ray_workers)
     return results
+
+
+def two_workers(config: RunConfig, made: Setup, repetitions: int) -> dict[str, Any]:
+    """The same with two clients at a time in the engine (federation.workers), one in the plain loop."""
+    both = config.with_(federation__workers=2)
+    pairs = [time_alternately(both, _plain(made)) for _ in range(repetitions)]
+    found = compare([(_wall_only(a), _wall_only(b)) for a, b in pairs], ("in-process", "plain-loop"), COHORT)
+    return {"workers": 2, **found}
 
 
 def overhead(

@@ -19,6 +19,7 @@ from fedaudit.measures.watched_calls import CONVOLUTIONS, NORMS, Call, joined, s
 
 BLOCK = 2**23  # numbers in one temporary: 64 MB in float64
 SMALL = 2**20  # numbers in a temporary that is used at once: small enough to stay in a cache
+_SINGLE = 1024  # columns over which float32 products are summed in float32
 _TRIANGLE = 32  # rows of a Gram matrix at a time
 
 
@@ -122,15 +123,18 @@ def add_share(gram: Tensor, name: str, uses: Sequence[Use], chunk: int | None) -
 def add_outer(gram: Tensor, gradients: Tensor) -> None:
     """Add the inner products of the rows of (B, ...) for blocks of columns.
 
-    Products are in float64 also of float32 gradients: so the result is positive semi-definite to 1e-16, and
-    uniqueness with a small ridge, or of near duplicates, depends on the gradients and not on this sum.
+    Products of float32 gradients are summed in float32 over at most 1024 columns, and these sums in float64:
+    the error is a few units of float32's rounding of |g_a| |g_b|, the size of the gradients' own. Products in
+    float64 throughout would cost as much as the training step of a small network. A ridge far below 1e-6 of
+    the gradients' mean square needs a model in float64.
     """
     rows = gradients.flatten(1)
     B = len(rows)
-    for start, stop in spans(rows.shape[1], max(1, BLOCK // B)):
-        block = rows[:, start:stop].double()
-        for low, high in spans(B, _TRIANGLE):  # nothing above the diagonal blocks
-            product = block[low:high] @ block[:high].T
+    single = rows.dtype == torch.float32
+    for start, stop in spans(rows.shape[1], _SINGLE if single else max(1, BLOCK // B)):
+        block = rows[:, start:stop] if single else rows[:, start:stop].double()
+        for low, high in spans(B, B if single else _TRIANGLE):  # nothing above the diagonal blocks
+            product = (block[low:high] @ block[:high].T).double()
             gram[low:high, :high] += product
             gram[:low, low:high] += product[:, :low].T
 
