@@ -182,17 +182,17 @@ def _between(rows: tuple[Tensor, Tensor], start: int, stop: int) -> tuple[Tensor
 def _add_materialised(gram: Tensor, uses: Sequence[Use], places: int) -> None:
     """Inner products of this weight's per-example gradients, for blocks of its output rows.
 
-    The gradients have the model's precision, as from a backward pass; their products are in float64.
+    The gradients have the model's precision, as from a backward pass.
     """
     B, first = len(gram), uses[0]
     rows = min(first.d_out, max(1, BLOCK // (B * first.groups * first.d_in)))
     size = max(1, SMALL // (first.groups * places * first.d_in))
     for low, high in spans(first.d_out, rows):
-        gradients = gram.new_empty(B, first.groups, high - low, first.d_in)
-        for start, stop in spans(B, size):
-            signals = _signals(uses, start, stop)[:, :, low:high]
-            gradients[start:stop] = signals @ _features(uses, start, stop).mT
-        add_outer(gram, gradients)
+        parts = [
+            _signals(uses, start, stop)[:, :, low:high] @ _features(uses, start, stop).mT
+            for start, stop in spans(B, size)
+        ]
+        add_outer(gram, joined(parts))
 
 
 def _feature_products(a: Tensor, b: Tensor, kind: Use) -> Tensor:
