@@ -4,7 +4,7 @@ What comes out is a run folder of its own: records of the attack's objective and
 its scores; images; and a report. The attacked run is left as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +23,7 @@ from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import ATTACKS
 from fedaudit.report.tables import records_summary
 from fedaudit.spec import Spec, parse_spec
-from fedaudit.types import ClientUpdate, RoundContext
+from fedaudit.types import ClientUpdate, Guarantee, RoundContext
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,19 @@ def attack_run(
         defense=made.config.defense.name,
         save_images=True,
     )
-    return _attacked(auditor, updates, output)
+    return _attacked(auditor, updates, output, stated_guarantees(run))
+
+
+def stated_guarantees(run: Run) -> dict[int, dict[int, Guarantee]]:
+    """What each client of a run stated after each round: round to client to guarantee."""
+    rows = run.records
+    rows = rows[(rows["quantity"] == "epsilon") & (rows["status"] == "ok")]
+    found: dict[int, dict[int, Guarantee]] = {}
+    for number, client, epsilon, delta, unit, accountant in rows[
+        ["round", "client_id", "value", "delta", "privacy_unit", "accountant"]
+    ].itertuples(index=False, name=None):
+        found.setdefault(int(number), {})[int(client)] = Guarantee(epsilon, delta, unit, accountant)
+    return found
 
 
 def diagnose_run(run: Run, client: int, round_number: int) -> tuple[ThreatCard, list[Advice]]:
@@ -210,9 +222,15 @@ def attack_foreign(update: ForeignUpdate, attack: str, output: Path) -> Run:
     return _attacked(auditor, [ClientUpdate(0, 1, before, delta, examples)], output)
 
 
-def _attacked(auditor: Auditor, updates: Sequence[ClientUpdate], output: Path) -> Run:
-    for round_number in sorted({update.round for update in updates}):
-        auditor.audit(round_number, [update for update in updates if update.round == round_number])
+def _attacked(
+    auditor: Auditor,
+    updates: Sequence[ClientUpdate],
+    output: Path,
+    guarantees: Mapping[int, Mapping[int, Guarantee]] | None = None,
+) -> Run:
+    for number in sorted({update.round for update in updates}):
+        chosen = [update for update in updates if update.round == number]
+        auditor.audit(number, chosen, guarantees=(guarantees or {}).get(number))
     write_json(output / "summary.json", records_summary(load_run(output).records))
     return load_run(output)
 

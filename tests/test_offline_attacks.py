@@ -167,6 +167,8 @@ def test_a_diagnosis_names_the_obstacles_and_the_favours(run, capsys):
         ({"train.optimizer": "adam"}, "does not apply", "a step of adam is not"),
         ({"defense.name": "dp-sgd(epsilon=8)"}, "weakened", "noise of standard deviation"),
         ({"train.batch-size": 32}, "weakened", "32 examples share each gradient"),
+        ({"defense.name": "top-k(fraction=0.1)"}, "weakened", "top-k changed the finished update"),
+        ({"defense.name": "dp-sgd(epsilon=8) then sign"}, "weakened", "sign changed the finished update"),
     ],
 )
 def test_each_obstacle_is_said(changes, verdict, words, run, tmp_path):
@@ -179,3 +181,18 @@ def test_each_obstacle_is_said(changes, verdict, words, run, tmp_path):
     if "train.local-steps" in changes:
         verdicts = {each.attack: each.verdict for each in advice}
         assert (verdicts["local-steps"], verdicts["linear-layer"]) == ("applies", "weakened")
+
+
+def test_an_attack_afterwards_carries_the_guarantee_that_was_stated(run, tmp_path):
+    changes = {
+        "defense.name": "dp-sgd(epsilon=8)",
+        "output.directory": str(tmp_path),
+        "output.name": "private",
+    }
+    config = RunConfig.from_flat({**run.info["config"], **changes})
+    execute(config)
+    private = load_run(tmp_path / "private")
+    found = attack_run(private, "dlg(restarts=1, iterations=1)", tmp_path / "out", clients=[0], rounds=[2])
+    stated = private.records.query("quantity == 'epsilon' and client_id == 0 and round == 2")["value"].item()
+    row = found.records.query("quantity == 'dlg.objective'").iloc[0]
+    assert (row["epsilon"], row["privacy_unit"]) == (stated, "example")

@@ -28,7 +28,7 @@ class ThreatCard:
         dropout: whether the model has dropout that was on.
         labels: "known" to the attacker, "estimated" from the update, "joint" optimised with the inputs, or
             "not used".
-        defense: the defense in force.
+        defense: the defense in force, without its options; those of a chain joined by "then".
         trained_rounds: rounds of training before this update; 0 is a model at its initialisation.
         active: whether the server changed the model or the protocol to make the attack work.
     """
@@ -112,7 +112,7 @@ def threat_card(
         batch_norm=any(isinstance(module, _BATCH_NORM) for module in modules),
         dropout=any(isinstance(module, _DROPOUT) and module.p > 0 for module in modules),
         labels=labels if labels in ("known", "joint", "not used") else "estimated",
-        defense=defense.partition("(")[0],
+        defense=" then ".join(part.partition("(")[0].strip() for part in defense.split(" then ")),
         trained_rounds=max(0, update.round - 1),
         active=bool(conditions.get("active", False)),
     )
