@@ -289,3 +289,15 @@ DEFENSES = Registry(
     },
     joined_by="fedaudit.defenses.chain:chain",
 )
+WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive"})
+"""Defenses that protect by how a local step is released; all others change the finished update."""
+
+
+def changes_update(defense: str) -> list[str]:
+    """The parts of a defense, as written in its spec, that change the finished update.
+
+    >>> changes_update("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
+    ['top-k']
+    """
+    names = [part.partition("(")[0].strip() for part in defense.split(" then ")]
+    return [name for name in names if name in DEFENSES and name not in WITHIN_STEPS]

@@ -6,9 +6,9 @@ from typing import Literal, Protocol, runtime_checkable
 
 from fedaudit.attacks.threat_card import SMALL_BATCH, ThreatCard
 from fedaudit.needs import missing
+from fedaudit.registry import changes_update
 from fedaudit.types import Attack, ClientUpdate, RoundContext, StepRelease
 
-_WITHIN_STEPS = ("", "none", "unknown", "dp-sgd", "leakage-adaptive")  # what these do is in the release
 Verdict = Literal["applies", "weakened", "does not apply"]
 
 
@@ -44,7 +44,7 @@ def obstacles(card: ThreatCard, release: StepRelease | None) -> tuple[str, ...]:
     ()
     """
     noise = release.noise_std if release is not None else 0.0
-    changed = [name for name in card.defense.split(" then ") if name not in _WITHIN_STEPS]
+    changed = changes_update(card.defense)
     cases = {
         f"{' and '.join(changed)} changed the finished update": bool(changed),
         f"noise of standard deviation {noise:.3g} on each step's sum: no input matches it": noise > 0,

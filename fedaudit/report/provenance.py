@@ -8,6 +8,7 @@ import pandas as pd
 
 from fedaudit.config import flatten
 from fedaudit.records import Run
+from fedaudit.registry import changes_update
 from fedaudit.report.display import listing
 from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.quantities import PRIVACY
@@ -83,6 +84,14 @@ def notices(runs: Runs) -> list[str]:
         found.append("One seed per defense: no intervals, and differences may be chance.")
     elif len({frozenset(s) for s in seeds.values()}) > 1:
         found.append("The defenses were not run with the same seeds: paired differences use the common ones.")
+    unseen = [name for name in evidence.defenses if changes_update(name)]
+    if unseen:
+        found.append(
+            f"{listing(unseen)} changes the finished update. Measures that reason from how a local step is "
+            "released (mutual information, example uniqueness and its bound, usable information, subspace "
+            "distance, privacy tokens) do not see that: their numbers are those of the update before it. "
+            "Norms, cosines, cohort uniqueness, membership inference and attacks are of what was sent."
+        )
     pooled = evidence.pooled
     values = pd.to_numeric(pooled["value"], errors="coerce")
     undefined = (pooled["status"] == "ok") & ~np.isfinite(values) & (pooled["quantity"] != PRIVACY)

@@ -99,6 +99,14 @@ def test_every_quantity_is_drawn_over_rounds(parsed: Page, runs: list[Run]):
     assert sum(trace["type"] == "heatmap" for figure in parsed.figures for trace in figure["data"]) >= 4
 
 
+def test_a_defense_of_the_finished_update_is_announced(tmp_path: Path):
+    plain = accuracy_run(tmp_path, "none", 0, 0.9)
+    chained = accuracy_run(tmp_path, "dp-sgd(epsilon=8) then top-k(fraction=0.1)", 0, 0.8)
+    words = "changes the finished update"
+    assert any(words in notice for notice in notices([plain, chained]))
+    assert not any(words in notice for notice in notices([plain, accuracy_run(tmp_path, DP, 0, 0.8)]))
+
+
 def test_layers_have_a_map_of_their_own_and_no_place_among_the_whole(tmp_path: Path):
     rows = [
         record("r", "none", r, quantity, value, client_id=0, layer=layer)
