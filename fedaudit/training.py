@@ -98,6 +98,8 @@ def client_seed(seed: int, client_id: int, round: int) -> int:
 
     Well mixed (numpy's SeedSequence): neighbouring seeds, clients and rounds share nothing.
     The three numbers may have up to 64 bits.
+    torch's generators on a CPU use its lowest 32 bits only: among n client-rounds about n^2 / 2^33 pairs share
+    their streams.
     """
     return _mix(seed, client_id, round)
 
