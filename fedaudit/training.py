@@ -97,9 +97,8 @@ def client_seed(seed: int, client_id: int, round: int) -> int:
     """Seed of everything random that one client does in one round, in [0, 2^63).
 
     Well mixed (numpy's SeedSequence): neighbouring seeds, clients and rounds share nothing.
-    The three numbers may have up to 64 bits.
-    torch's generators on a CPU use its lowest 32 bits only: among n client-rounds about n^2 / 2^33 pairs share
-    their streams.
+    The three numbers may have up to 64 bits. Of the seed, torch's generators on a CPU use the lowest 32
+    bits only: among n client-rounds about n^2 / 2^33 pairs share their streams.
     """
     return _mix(seed, client_id, round)
 
