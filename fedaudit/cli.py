@@ -8,17 +8,25 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedaudit import __version__
-from fedaudit.config import Scalar, load_config, parse_override, presets
-from fedaudit.errors import ConfigError, DataError, FedauditError, RecordError, RunFailedError
+from fedaudit.cli_runs import (
+    execute_all,
+    finish,
+    fresh,
+    overrides,
+    refuse_overwrite,
+    resumed,
+    run_folders,
+)
+from fedaudit.config import load_config, presets
+from fedaudit.errors import ConfigError, DataError, FedauditError, RecordError
 
 if TYPE_CHECKING:
-    from fedaudit.config import RunConfig
-    from fedaudit.records import Run
+    pass
 
 INTERRUPTED = 130  # what Typer makes of Ctrl-C; other versions raise Abort
 Engine = Literal["in-process", "ray"]
@@ -76,15 +84,15 @@ def run(
     if resume is not None:
         if output is not None:
             raise ConfigError(f"a resumed run stays in its folder, got --output {output}: leave it out")
-        loaded = _resumed(Path(resume), _overrides(set_, engine, None))
+        loaded = resumed(Path(resume), overrides(set_, engine, None))
     else:
-        loaded = load_config(str(config), _overrides(set_, engine, output))
+        loaded = load_config(str(config), overrides(set_, engine, output))
     from fedaudit.app import check, run_folder
 
     check(loaded)
-    _refuse_overwrite(run_folder(loaded), loaded)
-    finished = _execute_all([loaded], as_json)
-    _finish(finished, finished[0].path / "report.html", as_json)
+    refuse_overwrite(run_folder(loaded), loaded)
+    finished = execute_all([loaded], as_json)
+    finish(finished, finished[0].path / "report.html", as_json)
 
 
 @cli.command()
@@ -96,15 +104,15 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Run every defense with every seed of a configuration and set them side by side."""
-    loaded = load_config(config, _overrides(set_, engine, output))
+    loaded = load_config(config, overrides(set_, engine, output))
     from fedaudit.app import check, comparisons
 
-    folder = _fresh(Path(loaded.output.directory) / f"compare-{Path(config).stem}")
+    folder = fresh(Path(loaded.output.directory) / f"compare-{Path(config).stem}")
     runs = comparisons(loaded, folder)
     for each in runs:
         check(each)
-    finished = _execute_all(runs, as_json)
-    _finish(finished, folder / "report.html", as_json)
+    finished = execute_all(runs, as_json)
+    finish(finished, folder / "report.html", as_json)
 
 
 @cli.command()
@@ -116,13 +124,13 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Attack many examples and say which measures predict the attacks' success."""
-    loaded = load_config(config, _overrides(set_, engine, output))
+    loaded = load_config(config, overrides(set_, engine, output))
     from fedaudit.app import check, comparisons
     from fedaudit.calibration import calibrate as run_calibration
     from fedaudit.calibration import correlations
     from fedaudit.watch import Watch
 
-    folder = _fresh(Path(loaded.output.directory) / f"calibrate-{Path(config).stem}")
+    folder = fresh(Path(loaded.output.directory) / f"calibrate-{Path(config).stem}")
     planned = comparisons(loaded, folder)
     for each in planned:
         check(each)
@@ -178,7 +186,7 @@ def attack(
     spec = with_limits(name, restarts, seconds)
     if run is not None:
         attacked = load_run(Path(run))
-        folder = _fresh(Path(output) if output else attacked.path.with_name(f"{attacked.name}-attack"))
+        folder = fresh(Path(output) if output else attacked.path.with_name(f"{attacked.name}-attack"))
         with Watch(1, quiet=as_json):
             found = attack_run(attacked, spec, folder, client or (), round_ or ())
     else:
@@ -189,10 +197,10 @@ def attack(
                 f"an update from elsewhere needs {', '.join(missing)} beside --before: give all"
             )
         foreign = ForeignUpdate(model, before, after, ints(shape), classes, lr, steps, batch_size)
-        folder = _fresh(Path(output) if output else after.with_suffix(".attack"))
+        folder = fresh(Path(output) if output else after.with_suffix(".attack"))
         with Watch(1, quiet=as_json):
             found = attack_foreign(foreign, spec, folder)
-    _finish([found], folder / "report.html", as_json)
+    finish([found], folder / "report.html", as_json)
 
 
 @cli.command()
@@ -237,8 +245,8 @@ def report(
     """Write the report of finished or interrupted runs."""
     from fedaudit.records import load_run
 
-    folders = [folder for given in runs for folder in _run_folders(Path(given))]
-    _finish([load_run(folder) for folder in folders], Path(output), as_json)
+    folders = [folder for given in runs for folder in run_folders(Path(given))]
+    finish([load_run(folder) for folder in folders], Path(output), as_json)
 
 
 @cli.command()
@@ -344,89 +352,6 @@ def _stop(sentence: str, code: int) -> int:
 def entry() -> None:
     """Console entry point."""
     sys.exit(main())
-
-
-def _overrides(pairs: Sequence[str] | None, engine: str | None, output: str | None) -> dict[str, Scalar]:
-    overrides = dict(parse_override(pair) for pair in pairs or ())
-    if engine is not None:
-        overrides["federation.engine"] = engine
-    if output is not None:
-        overrides["output.directory"] = output
-    return overrides
-
-
-def _resumed(folder: Path, overrides: dict[str, Scalar]) -> "RunConfig":
-    from fedaudit.config import RunConfig
-    from fedaudit.records import load_run
-
-    recorded = dict(load_run(folder).info.get("config", {}))
-    if not recorded:
-        raise RecordError(f"{folder} has no run.toml to continue from: start the run anew")
-    place = {"output.directory": str(folder.parent), "output.name": folder.name, "output.resume": True}
-    return RunConfig.from_flat({**recorded, **overrides, **place})
-
-
-def _refuse_overwrite(folder: Path, config: "RunConfig") -> None:
-    if any((folder / "audit").glob("round-*.parquet")) and not config.output.resume:
-        raise ConfigError(
-            f"a run keeps a folder of its own, got {folder} which holds one: "
-            f"give --output or --set output.name=NAME, or continue it with --resume {folder}"
-        )
-
-
-def _fresh(folder: Path) -> Path:
-    number, candidate = 1, folder
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
-
-
-def _run_folders(folder: Path) -> list[Path]:
-    inside = sorted(path.parent for path in folder.glob("*/audit"))
-    return [folder] if (folder / "audit").is_dir() or not inside else inside
-
-
-def _execute_all(configs: "Sequence[RunConfig]", quiet: bool) -> "list[Run]":
-    from fedaudit.app import execute, run_folder
-    from fedaudit.watch import Watch
-
-    finished: list[Run] = []
-    with Watch(len(configs), quiet=quiet):
-        for config in configs:
-            try:
-                finished.append(execute(config))
-            except KeyboardInterrupt:
-                raise RunFailedError(
-                    "interrupted; completed rounds are kept, "
-                    f"continue with 'fedaudit run --resume {run_folder(config)}'"
-                ) from None
-    return finished
-
-
-def _finish(runs: "list[Run]", page: Path, as_json: bool) -> None:
-    from fedaudit.report.page import write_report
-    from fedaudit.report.tables import comparison_table, paired_differences
-
-    table = comparison_table(runs)
-    write_report(runs, page)
-    if len(runs) > 1:
-        table.to_csv(page.with_name("comparison.csv"), index=False)
-        paired_differences(runs).to_csv(page.with_name("differences.csv"), index=False)
-    if as_json:
-        rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
-        print(
-            json.dumps(
-                {"table": rows, "report": str(page), "runs": [str(run.path) for run in runs]}, indent=2
-            )
-        )
-        return
-    from rich.console import Console
-
-    from fedaudit.report.terminal import rich_table
-
-    Console().print(rich_table(table))
-    print(f"report: {page}")  # not wrapped, so that it can be copied
 
 
 def _first_comment(path: Path) -> str:

@@ -1,0 +1,103 @@
+"""What several commands do alike: read overrides, choose folders, run configurations, report."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedaudit.config import Scalar, parse_override
+from fedaudit.errors import ConfigError, RecordError, RunFailedError
+
+if TYPE_CHECKING:
+    from fedaudit.config import RunConfig
+    from fedaudit.records import Run
+
+
+def overrides(pairs: Sequence[str] | None, engine: str | None, output: str | None) -> dict[str, Scalar]:
+    """What --set, --engine and --output change, by dotted key."""
+    changes = dict(parse_override(pair) for pair in pairs or ())
+    if engine is not None:
+        changes["federation.engine"] = engine
+    if output is not None:
+        changes["output.directory"] = output
+    return changes
+
+
+def resumed(folder: Path, changes: dict[str, Scalar]) -> "RunConfig":
+    """The configuration of an interrupted run, to be continued in its folder."""
+    from fedaudit.config import RunConfig
+    from fedaudit.records import load_run
+
+    recorded = dict(load_run(folder).info.get("config", {}))
+    if not recorded:
+        raise RecordError(f"{folder} has no run.toml to continue from: start the run anew")
+    place = {"output.directory": str(folder.parent), "output.name": folder.name, "output.resume": True}
+    return RunConfig.from_flat({**recorded, **changes, **place})
+
+
+def refuse_overwrite(folder: Path, config: "RunConfig") -> None:
+    """Raise if the folder holds a run already and is not to be resumed."""
+    if any((folder / "audit").glob("round-*.parquet")) and not config.output.resume:
+        raise ConfigError(
+            f"a run keeps a folder of its own, got {folder} which holds one: "
+            f"give --output or --set output.name=NAME, or continue it with --resume {folder}"
+        )
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, ... that does not exist."""
+    number, candidate = 1, folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run in this folder, or the runs inside it."""
+    inside = sorted(path.parent for path in folder.glob("*/audit"))
+    return [folder] if (folder / "audit").is_dir() or not inside else inside
+
+
+def execute_all(configs: "Sequence[RunConfig]", quiet: bool) -> "list[Run]":
+    """Run one configuration after the other and show their progress."""
+    from fedaudit.app import execute, run_folder
+    from fedaudit.watch import Watch
+
+    finished: list[Run] = []
+    with Watch(len(configs), quiet=quiet):
+        for config in configs:
+            try:
+                finished.append(execute(config))
+            except KeyboardInterrupt:
+                raise RunFailedError(
+                    "interrupted; completed rounds are kept, "
+                    f"continue with 'fedaudit run --resume {run_folder(config)}'"
+                ) from None
+    return finished
+
+
+def finish(runs: "list[Run]", page: Path, as_json: bool) -> None:
+    """Write the report and print the table, for people or for machines."""
+    from fedaudit.report.page import write_report
+    from fedaudit.report.tables import comparison_table, paired_differences
+
+    table = comparison_table(runs)
+    write_report(runs, page)
+    if len(runs) > 1:
+        table.to_csv(page.with_name("comparison.csv"), index=False)
+        paired_differences(runs).to_csv(page.with_name("differences.csv"), index=False)
+    if as_json:
+        rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+        print(
+            json.dumps(
+                {"table": rows, "report": str(page), "runs": [str(run.path) for run in runs]}, indent=2
+            )
+        )
+        return
+    from rich.console import Console
+
+    from fedaudit.report.terminal import rich_table
+
+    Console().print(rich_table(table))
+    print(f"report: {page}")  # not wrapped, so that it can be copied
