@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,26 @@ def _ps_rows() -> list[list[str]]:
     return [line.split() for line in done.stdout.splitlines()]
 
 
+@contextmanager
+def _interruptions_held_back() -> Iterator[None]:
+    """Interruptions inside the block take effect at its end, so that what it starts is remembered."""
+    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
+        yield
+        return
+    caught: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _frame: caught.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for each in caught:
+            signal.raise_signal(each)
+
+
 class Processes:
     """Starts commands and, when the block ends for whatever reason, stops them and all they started.
 
@@ -87,7 +108,7 @@ class Processes:
     def start(self, name: str, *command: str) -> None:
         """Start a command in a session of its own; it writes to ``<name>.log``."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        with self.log(name).open("wb") as log:
+        with self.log(name).open("wb") as log, _interruptions_held_back():
             process = subprocess.Popen(
                 command,
                 env=self.environment,
@@ -96,8 +117,8 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._started[name] = process
-        self._groups.add(process.pid)
+            self._started[name] = process
+            self._groups.add(process.pid)
 
     def log(self, name: str) -> Path:
         """Where a command writes."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,22 @@ def test_processes_are_stopped_when_the_block_fails(marked, tmp_path):
         assert len(leftovers(str(tmp_path))) == 1
         1 / 0  # noqa: B018
     assert leftovers(str(tmp_path)) == []
+
+
+def test_an_interruption_while_a_process_starts_still_stops_it(marked, tmp_path, monkeypatch):
+    start = subprocess.Popen
+
+    def interrupted(*command, **options):
+        process = start(*command, **options)
+        signal.raise_signal(signal.SIGINT)  # between the start and the moment it is remembered
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt), marked:
+        marked.start("sleeper", sys.executable, "-c", CHILD)
+    assert marked.ended().keys() == {"sleeper"}
+    assert leftovers(str(tmp_path)) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_process_that_ignores_the_request_is_killed(marked, tmp_path, monkeypatch):
