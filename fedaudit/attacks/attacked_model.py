@@ -14,11 +14,16 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 def broadcast_model(update: ClientUpdate, model: nn.Module, mode: str) -> nn.Module:
     """The model with the weights that were broadcast, in the client's mode, dropout off."""
     model.load_state_dict({name: value.detach().clone() for name, value in update.before.items()})
+    set_mode(model, mode)
+    return model
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Put the model into the client's mode, "train" or "eval", with dropout off: its masks are not known."""
     model.train(mode == "train")
     for module in model.modules():
         if isinstance(module, DROPOUTS):
             module.eval()
-    return model
 
 
 def paired(model: nn.Module, gradient: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

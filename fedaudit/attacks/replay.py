@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedaudit.attacks.attacked_model import broadcast_model, set_mode
 from fedaudit.attacks.tracing import Trace, trace
 from fedaudit.types import ClientUpdate, Loss, RoundContext
 
 Mode = Literal["train", "eval"]
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +69,11 @@ def intercept(attack: str, update: ClientUpdate, ctx: RoundContext, mode: Mode) 
     gradient = {
         name: value.detach().to(ctx.device, torch.float64) for name, value in update.gradient(ctx).items()
     }
-    model = ctx.build_model()
-    model.load_state_dict({name: value.detach().clone() for name, value in update.before.items()})
-    model.to(ctx.device, torch.float64)
+    model = broadcast_model(update, ctx.build_model(), "eval").to(ctx.device, torch.float64)
     generator = torch.Generator().manual_seed(ctx.seed)
     probe = torch.rand(2, *ctx.input_shape, generator=generator, dtype=torch.float64).to(ctx.device)
-    seen = trace(model.eval(), probe)
-    model.train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DROPOUTS):
-            module.eval()
+    seen = trace(model, probe)
+    set_mode(model, mode)
     most = ctx.batch_size * (ctx.steps(update) or 1)
     examples = min(most, update.num_examples) if update.num_examples > 0 else most
     return Intercepted(model, ctx.loss, gradient, examples, ctx.num_classes, seen)

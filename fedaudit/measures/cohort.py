@@ -1,11 +1,11 @@
 """A round's updates side by side, in blocks of parameters that fit in memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedaudit.types import ClientUpdate, RoundContext
+from fedaudit.types import ClientUpdate, Estimate, RoundContext, Skip
 
 BLOCK = 2**20  # numbers in one block: 8 MB in float64, which several passes over it find in the cache
 _ROWS = 64  # rows of the cohort multiplied at a time: only the lower triangle is computed
@@ -123,3 +123,22 @@ def same_weights(updates: Sequence[ClientUpdate]) -> list[list[int]]:
         else:
             groups.append([position])
     return groups
+
+
+def by_weights(
+    updates: Sequence[ClientUpdate],
+    measure: Callable[[Sequence[ClientUpdate]], Sequence[Estimate | Skip]],
+) -> list[Estimate | Skip]:
+    """One entry per update, in order, measured together with those that started from equal weights.
+
+    Raises:
+        ValueError: with the reasons, if every update was skipped.
+    """
+    found: dict[int, Estimate | Skip] = {}
+    for positions in same_weights(updates):
+        found.update(zip(positions, measure([updates[i] for i in positions]), strict=True))
+    done = [found[position] for position in range(len(updates))]
+    reasons = dict.fromkeys(entry.reason for entry in done if isinstance(entry, Skip))
+    if done and all(isinstance(entry, Skip) for entry in done):
+        raise ValueError("; ".join(reasons))
+    return done

@@ -18,7 +18,7 @@ from fedaudit.measures.batch_critic import (
 )
 from fedaudit.measures.batch_null import example_permutation_null, exceedance
 from fedaudit.measures.batch_pools import Holding, build_pools, gradient_coordinates, split_examples
-from fedaudit.measures.cohort import same_weights
+from fedaudit.measures.cohort import by_weights
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.mi_bounds import (
     bootstrap_interval,
@@ -142,15 +142,7 @@ class MutualInformation:
         Raises:
             ValueError: if no update has enough examples.
         """
-        results: list[Estimate | Skip | None] = [None] * len(updates)
-        for positions in same_weights(updates):
-            group = [updates[i] for i in positions]
-            for position, result in zip(positions, self._group(group, ctx), strict=True):
-                results[position] = result
-        done = [result for result in results if result is not None]
-        if done and all(isinstance(result, Skip) for result in done):
-            raise ValueError("; ".join(dict.fromkeys(r.reason for r in done if isinstance(r, Skip))))
-        return done
+        return by_weights(updates, lambda group: self._group(group, ctx))
 
     def _group(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> list[Estimate | Skip]:
         """The entries of updates that started from the same weights."""
