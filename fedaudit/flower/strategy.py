@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from fedaudit.audit_rows import ClientFinding, Rejection
 from fedaudit.auditor import Auditor
 from fedaudit.errors import BadUpdateError, ConfigError
-from fedaudit.flower.arrays import to_state_dict
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import (
     MEASURE_PREFIX,
     audit_record,
@@ -29,6 +29,7 @@ from fedaudit.flower.messages import (
     metric_keys,
     read_reply,
 )
+from fedaudit.secure_sum import SecureSum
 from fedaudit.types import ClientUpdate, Guarantee
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class AuditStrategy(Strategy):
         announce: numbers to add to the train configuration of a round, given its number; None adds none and
             hands the wrapped strategy the very configuration that came in. What is announced must come
             from what clients released and from the server's own data: clients choose noise by it.
+        secure: secure aggregation: audit and wrapped strategy are handed the sum of the valid updates as if
+            one client had sent it, and failures, whatever `reject_bad_updates` says; None hands on single ones.
 
     Raises:
         ConfigError: if the wrapped strategy overrides `start`, which would bypass the audit.
@@ -63,6 +66,7 @@ class AuditStrategy(Strategy):
         reject_bad_updates: bool = True,
         weight_key: str = "num-examples",
         announce: Callable[[int], Mapping[str, float]] | None = None,
+        secure: SecureSum | None = None,
     ) -> None:
         if type(strategy).start is not Strategy.start:
             raise ConfigError(
@@ -75,6 +79,7 @@ class AuditStrategy(Strategy):
         self.reject_bad_updates = reject_bad_updates
         self.weight_key = weight_key
         self.announce = announce
+        self.secure = secure
         self._broadcast: dict[str, Tensor] = {}
         self._sent: list[Message] = []
 
@@ -121,6 +126,7 @@ class AuditStrategy(Strategy):
                         f"clients report the same metrics, got {sorted(metric_keys(message))} "
                         f"instead of {sorted(usual_keys)}"
                     )
+                self._check_weight(update)
                 beside = audit_record(message)
                 guarantee = _guarantee(beside)
                 if guarantee is not None:
@@ -140,8 +146,35 @@ class AuditStrategy(Strategy):
             rejected.append(
                 Rejection(self.client_ids.get(node, node), node, "no reply within the round's timeout")
             )
-        self.auditor.audit(server_round, updates, rejected, findings, guarantees)
-        return self.strategy.aggregate_train(server_round, handed_on)
+        if self.secure is None or not updates:
+            self.auditor.audit(server_round, updates, rejected, findings, guarantees)
+            return self.strategy.aggregate_train(server_round, handed_on)
+        try:
+            summed = self.secure(updates, [self._client(message) for message in self._sent])
+        except ValueError as error:  # too few clients: nobody learns anything of this round
+            rejected += [Rejection(update.client_id, update.node_id, str(error)) for update in updates]
+            self.auditor.audit(server_round, [], rejected)
+            given_up = [_as_failure(asked, str(error)) for asked in self._sent]
+            return self.strategy.aggregate_train(server_round, given_up)
+        self.auditor.audit(server_round, [summed], rejected, findings, guarantees, behind=updates)
+        failures = [message for message in handed_on if message.has_error()]
+        records = next(message.content for message in handed_on if not message.has_error())
+        content = _as_one_client(summed, records, self.weight_key)
+        whole = Message(content, reply_to=self._sent[0])
+        return self.strategy.aggregate_train(server_round, [whole, *failures])
+
+    def _client(self, asked: Message) -> int:
+        node = int(asked.metadata.dst_node_id)
+        return self.client_ids.get(node, node)
+
+    def _check_weight(self, update: ClientUpdate) -> None:
+        """Raise where secure aggregation has no room for a client's examples."""
+        most = self.secure.most_examples(len(self._sent)) if self.secure is not None else update.num_examples
+        if update.num_examples > most:
+            raise BadUpdateError(
+                f"secure aggregation of {len(self._sent)} clients takes at most {most} examples of each, got "
+                f"{update.num_examples}"
+            )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -170,6 +203,21 @@ def _usual_metric_keys(replies: Iterable[Message]) -> frozenset[str]:
 
 def _as_failure(asked: Message, reason: str) -> Message:
     return Message(Error(code=REJECTED, reason=f"rejected: {reason}"), reply_to=asked)
+
+
+def _as_one_client(summed: ClientUpdate, like: RecordDict, weight_key: str) -> RecordDict:
+    """A sum as the reply of one client that holds all examples, with records named as in another reply."""
+    state = {
+        name: sent + summed.delta[name] if name in summed.delta else sent
+        for name, sent in summed.before.items()
+    }
+    records: dict[str, ArrayRecord | MetricRecord] = {}
+    for name, record in like.items():
+        if isinstance(record, ArrayRecord):
+            records[name] = from_state_dict(state)
+        elif isinstance(record, MetricRecord):
+            records[name] = MetricRecord({weight_key: summed.num_examples})
+    return RecordDict(dict(records))
 
 
 def _guarantee(beside: Mapping[str, Any]) -> Guarantee | None:
