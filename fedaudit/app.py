@@ -37,7 +37,7 @@ from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import DEFENSES
 from fedaudit.round_release import check_signal, plan, release_behind
-from fedaudit.secure_sum import SecureSum
+from fedaudit.secure_sum import SecureSum, check_secure
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
@@ -293,36 +293,9 @@ def check(config: RunConfig) -> Setup:
             "which the defense keeps private"
         )
     if made.secure is not None:
-        _check_secure(config, made.secure, max(sizes))
+        enough = reference_module("strategies.flower_strategies").SUM_SUFFICES
+        check_secure(config, made.secure, enough, max(sizes))
     return made
-
-
-def _check_secure(config: RunConfig, secure: SecureSum, most_examples: int) -> None:
-    """Raise a ConfigError for what secure aggregation does not go together with."""
-    enough = reference_module("strategies.flower_strategies").SUM_SUFFICES
-    if parse_spec(config.strategy.name).name not in enough:
-        raise ConfigError(
-            f"strategy.name = {config.strategy.name!r} is not allowed with defense.name = "
-            f"{config.defense.name!r}: it needs single clients' updates, which secure aggregation hides; "
-            f"choose one of {', '.join(enough)}"
-        )
-    sampled = max(1, int(config.federation.clients * config.federation.fraction_train))
-    if sampled < secure.part.threshold:
-        raise ConfigError(
-            f"defense.name = {config.defense.name!r} is not allowed: no sum of {secure.part.threshold} clients "
-            f"is ever released, as {sampled} are asked in a round: lower the threshold"
-        )
-    if most_examples > secure.most_examples(sampled):
-        raise ConfigError(
-            f"defense.name = {config.defense.name!r} is not allowed: secure aggregation of {sampled} clients "
-            f"takes at most {secure.most_examples(sampled)} examples of each, got {most_examples}: use fewer"
-        )
-    if config.attack.trigger:
-        raise ConfigError(
-            f"attack.trigger = {config.attack.trigger!r} is not allowed with defense.name = "
-            f"{config.defense.name!r}: it looks for single clients, which secure aggregation hides; "
-            "list attack.rounds"
-        )
 
 
 def _check_machine(config: RunConfig) -> None:

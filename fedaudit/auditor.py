@@ -260,7 +260,9 @@ class Auditor:
 
     def _measure(self, seen: Sequence[ClientUpdate], single: Sequence[ClientUpdate], rows: AuditRows) -> None:
         """The server measures what it sees, the oracle every single update."""
-        contexts = self._contexts(single) | self._contexts(seen)
+        contexts = self._contexts(seen)
+        if single is not seen:
+            contexts = self._contexts(single) | contexts
         jobs = [
             (measure, observer)
             for measure in self.measures

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
+from fedaudit.config import RunConfig
 from fedaudit.defenses.secure_aggregation import (
     MaskKeys,
     SecureAggregation,
@@ -14,6 +15,8 @@ from fedaudit.defenses.secure_aggregation import (
     masked_vectors,
     unmasked_sum,
 )
+from fedaudit.errors import ConfigError
+from fedaudit.spec import parse_spec
 from fedaudit.training import client_seed
 from fedaudit.types import ClientUpdate, Guarantee, RoundContext, StepRelease
 
@@ -50,18 +53,18 @@ class SecureSum:
             total. What clients reported beside their updates is not part of it.
 
         Raises:
-            ValueError: if fewer clients than the threshold answered.
+            TooFewClientsError: if fewer clients than the threshold answered.
         """
-        first = updates[0]
+        first, answered = updates[0], {update.client_id: update for update in updates}
         keys = MaskKeys(self.seed, first.round)
-        everybody = sorted({*asked, *(update.client_id for update in updates)})
+        everybody = sorted({*asked, *answered})
         graph = mask_graph(
             everybody, self.part.neighbours, client_seed(self.seed, len(everybody), first.round)
         )
-        vectors = {update.client_id: self._vector(update) for update in updates}
+        vectors = {client: self._vector(update) for client, update in answered.items()}
         sent = masked_vectors(vectors, graph, keys, self.part.ring_bits)
         total = unmasked_sum(sent, graph, keys, self.part.ring_bits, self.part.threshold)
-        weight = sum(update.num_examples for update in updates)
+        weight = sum(update.num_examples for update in answered.values())
         return ClientUpdate(
             client_id=SUM,
             round=first.round,
@@ -121,3 +124,36 @@ def context_of_sum(ctx: RoundContext, update: ClientUpdate) -> RoundContext:
         num_updates=1,
         summed=count,
     )
+
+
+def check_secure(config: RunConfig, secure: SecureSum, strategies: Sequence[str], most_examples: int) -> None:
+    """Raise a ConfigError for what secure aggregation does not go together with.
+
+    Args:
+        config: the run's configuration.
+        secure: secure aggregation as it is in force.
+        strategies: names of those that the mean of the updates is enough for.
+        most_examples: examples of the largest client.
+    """
+    named = f"defense.name = {config.defense.name!r}"
+    if parse_spec(config.strategy.name).name not in strategies:
+        raise ConfigError(
+            f"strategy.name = {config.strategy.name!r} is not allowed with {named}: it needs single clients' "
+            f"updates, which secure aggregation hides; choose one of {', '.join(strategies)}"
+        )
+    sampled = max(1, int(config.federation.clients * config.federation.fraction_train))
+    if sampled < secure.part.threshold:
+        raise ConfigError(
+            f"{named} is not allowed: no sum of {secure.part.threshold} clients is ever released, as "
+            f"{sampled} are asked in a round; lower the threshold"
+        )
+    if most_examples > secure.most_examples(sampled):
+        raise ConfigError(
+            f"{named} is not allowed: secure aggregation of {sampled} clients takes at most "
+            f"{secure.most_examples(sampled)} examples of each, got {most_examples}; use fewer"
+        )
+    if config.attack.trigger:
+        raise ConfigError(
+            f"attack.trigger = {config.attack.trigger!r} is not allowed with {named}: it looks for single "
+            "clients, which secure aggregation hides; list attack.rounds"
+        )

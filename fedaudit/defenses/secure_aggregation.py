@@ -43,6 +43,10 @@ class MaskKeys:
         return hashlib.sha256(kind + numbers).digest()
 
 
+class TooFewClientsError(ValueError):
+    """Fewer clients than the threshold sent something: no sum is released."""
+
+
 def mask(secret: bytes, size: int, ring_bits: int) -> Tensor:
     """A vector (size,) of whole numbers, uniform in [0, 2^ring_bits), int64: SHAKE-256 of the secret.
 
@@ -121,10 +125,10 @@ def unmasked_sum(
         threshold: fewest clients that reveal anything.
 
     Raises:
-        ValueError: if fewer clients than the threshold sent a vector.
+        TooFewClientsError: if fewer clients than the threshold sent a vector.
     """
     if len(sent) < max(threshold, 1):
-        raise ValueError(
+        raise TooFewClientsError(
             f"secure aggregation releases no sum of fewer than {threshold} clients, got {len(sent)}: "
             "the round is given up"
         )

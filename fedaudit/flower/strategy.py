@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedaudit.audit_rows import ClientFinding, Rejection
 from fedaudit.auditor import Auditor
+from fedaudit.defenses.secure_aggregation import TooFewClientsError
 from fedaudit.errors import BadUpdateError, ConfigError
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import (
@@ -51,7 +52,7 @@ class AuditStrategy(Strategy):
             hands the wrapped strategy the very configuration that came in. What is announced must come
             from what clients released and from the server's own data: clients choose noise by it.
         secure: secure aggregation: audit and wrapped strategy are handed the sum of the valid updates as if
-            one client had sent it, and failures, whatever `reject_bad_updates` says; None hands on single ones.
+            one client had sent it, beside failures, and single updates never; None hands on single ones.
 
     Raises:
         ConfigError: if the wrapped strategy overrides `start`, which would bypass the audit.
@@ -139,33 +140,36 @@ class AuditStrategy(Strategy):
                     str(error) if isinstance(error, BadUpdateError) else f"the reply is unreadable: {error!r}"
                 )
                 rejected.append(Rejection(client, node, reason))
-                replace = self.reject_bad_updates and not message.has_error() and asked is not None
+                refused = self.reject_bad_updates or self.secure is not None
+                replace = refused and not message.has_error() and asked is not None
                 handed_on.append(_as_failure(asked, reason) if replace and asked is not None else message)
         for message in sent.values():
             node = int(message.metadata.dst_node_id)
             rejected.append(
                 Rejection(self.client_ids.get(node, node), node, "no reply within the round's timeout")
             )
-        if self.secure is None or not updates:
-            self.auditor.audit(server_round, updates, rejected, findings, guarantees)
-            return self.strategy.aggregate_train(server_round, handed_on)
-        try:
-            summed = self.secure(updates, [self._client(message) for message in self._sent])
-        except ValueError as error:  # too few clients: nobody learns anything of this round
-            rejected += [Rejection(update.client_id, update.node_id, str(error)) for update in updates]
-            self.auditor.audit(server_round, [], rejected)
-            given_up = [_as_failure(asked, str(error)) for asked in self._sent]
-            return self.strategy.aggregate_train(server_round, given_up)
-        self.auditor.audit(server_round, [summed], rejected, findings, guarantees, behind=updates)
-        failures = [message for message in handed_on if message.has_error()]
-        records = next(message.content for message in handed_on if not message.has_error())
-        content = _as_one_client(summed, records, self.weight_key)
-        whole = Message(content, reply_to=self._sent[0])
-        return self.strategy.aggregate_train(server_round, [whole, *failures])
+        behind: list[ClientUpdate] = []
+        if self.secure is not None:
+            failures = [message for message in handed_on if message.has_error()]
+            names = next((message.content for message in handed_on if not message.has_error()), None)
+            summed = self._summed(self.secure, updates, rejected)
+            behind, updates, handed_on = (updates if summed else []), [summed] if summed else [], failures
+            if summed is not None and names is not None:
+                content = _as_one_client(summed, names, self.weight_key)
+                handed_on = [Message(content, reply_to=self._sent[0]), *failures]
+        self.auditor.audit(server_round, updates, rejected, findings, guarantees, behind)
+        return self.strategy.aggregate_train(server_round, handed_on)
 
-    def _client(self, asked: Message) -> int:
-        node = int(asked.metadata.dst_node_id)
-        return self.client_ids.get(node, node)
+    def _summed(
+        self, secure: SecureSum, updates: list[ClientUpdate], rejected: list[Rejection]
+    ) -> ClientUpdate | None:
+        """The sum of a round; None, and every update rejected, if too few clients sent one."""
+        nodes = [int(message.metadata.dst_node_id) for message in self._sent]
+        try:
+            return secure(updates, [self.client_ids.get(node, node) for node in nodes]) if updates else None
+        except TooFewClientsError as error:
+            rejected += [Rejection(update.client_id, update.node_id, str(error)) for update in updates]
+            return None
 
     def _check_weight(self, update: ClientUpdate) -> None:
         """Raise where secure aggregation has no room for a client's examples."""

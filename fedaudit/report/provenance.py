@@ -95,10 +95,10 @@ def notices(runs: Runs) -> list[str]:
     hiding = [name for name in evidence.defenses if shows_sums_only(name)]
     if hiding:
         found.append(
-            f"Under {listing(hiding)} the server can audit the sum of a round's updates, one row a round with "
-            "the batch of all clients together, and no single update: what compares clients is skipped, claims "
-            "about single updates cannot be verified, and numbers of the observers client and oracle are of "
-            "updates that this server never sees."
+            f"Under {listing(hiding)} the server can audit the sum of a round's updates, one row a round "
+            "with the batch of all clients together, and no single update: what compares clients is skipped, "
+            "claims about single updates cannot be verified, and numbers of the observers client and oracle "
+            "are of updates that this server never sees."
         )
     pooled = evidence.pooled
     values = pd.to_numeric(pooled["value"], errors="coerce")
