@@ -44,7 +44,7 @@ def test_a_single_masked_vector_is_uniform_in_the_ring(shift):
     constant = {client: torch.full((SIZE,), 12345) for client in CLIENTS}  # no other vector is less uniform
     sent = masked_vectors(constant, mask_graph(CLIENTS, 0, 1), MaskKeys(1, 1), RING)
     for vector in sent.values():
-        assert 0 <= int(vector.min()) and int(vector.max()) < 2**RING
+        assert int(vector.min()) >= 0 and int(vector.max()) < 2**RING
         counts = torch.bincount((vector >> shift) & 15, minlength=16).double()
         assert chi_square(counts) < chi2.isf(1e-4, 15)
 
@@ -93,9 +93,7 @@ def test_below_the_threshold_no_sum_is_released():
 
 
 def test_masks_differ_between_rounds_seeds_and_pairs():
-    secrets = {
-        MaskKeys(s, r).pair(a, b) for s in (0, 1) for r in (1, 2) for a, b in ((0, 1), (0, 2), (1, 2))
-    }
+    secrets = {MaskKeys(s, r).pair(a, b) for s in (0, 1) for r in (1, 2) for a, b in ((0, 1), (0, 2), (1, 2))}
     secrets |= {MaskKeys(0, 1).own(client) for client in (0, 1, 2)}
     assert len(secrets) == 15 and MaskKeys(0, 1).pair(5, 2) == MaskKeys(0, 1).pair(2, 5)
 
@@ -151,9 +149,15 @@ def test_quantisation_refuses_what_it_cannot_hold():
     [
         ("secure-aggregation(bits=1)", "bits must lie between 2 and 28, got 1"),
         ("secure-aggregation(clip-range=0)", "clip-range must be a number > 0, got 0"),
-        ("secure-aggregation(threshold=1)", "threshold must be at least 2, got 1: the sum of one client is its"),
+        (
+            "secure-aggregation(threshold=1)",
+            "threshold must be at least 2, got 1: the sum of one client is its",
+        ),
         ("secure-aggregation(neighbours=3)", "neighbours must be an even number or 0 for everybody, got 3"),
-        ("secure-aggregation(shares=3)", "has no option 'shares': its options are bits, clip-range, neighbours"),
+        (
+            "secure-aggregation(shares=3)",
+            "has no option 'shares': its options are bits, clip-range, neighbours",
+        ),
         ("secure-aggregation then top-k", "sums what clients send, got top-k after it: write it last"),
         ("secure-aggregation then dp-sgd", "dp-sgd protects local steps, got it after secure-aggregation"),
     ],
