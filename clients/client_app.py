@@ -69,7 +69,8 @@ def train(message: Message, context: Context) -> Message:
     for name, finding, seconds in self_audit(made, client, round_number, arrays, after, guarantee, stated):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
-    if guarantee is None:  # the loss is a function of the data that no noise protects
+    # the loss is a function of the data that no noise protects, and no sum hides
+    if guarantee is None and made.secure is None:
         metrics["train-loss"] = result.loss
     return reply(message, from_state_dict(after), metrics, beside)
 

@@ -286,11 +286,17 @@ DEFENSES = Registry(
             "sends nothing of the named layers",
             "fedaudit.defenses.withhold_layers:WithholdLayers",
         ),
+        "secure-aggregation": (
+            "the server sees the sum of the clients' updates and no single one (simulation only)",
+            "fedaudit.defenses.secure_aggregation:SecureAggregation",
+        ),
     },
     joined_by="fedaudit.defenses.chain:chain",
 )
 WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive"})
-"""Defenses that protect by how a local step is released; all others change the finished update."""
+"""Defenses that protect by how a local step is released; others change the finished update."""
+SUMS_ONLY = frozenset({"secure-aggregation"})
+"""Defenses that change no update and hide single ones from the server: they do neither of these."""
 
 
 def changes_update(defense: str) -> list[str]:
@@ -299,5 +305,18 @@ def changes_update(defense: str) -> list[str]:
     >>> changes_update("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
     ['top-k']
     """
-    names = [part.partition("(")[0].strip() for part in defense.split(" then ")]
-    return [name for name in names if name in DEFENSES and name not in WITHIN_STEPS]
+    names = _parts(defense)
+    return [name for name in names if name in DEFENSES and name not in WITHIN_STEPS | SUMS_ONLY]
+
+
+def shows_sums_only(defense: str) -> bool:
+    """Whether a defense, as written in its spec, hides single updates from the server.
+
+    >>> shows_sums_only("dp-sgd(epsilon=8) then secure-aggregation(threshold=3)")
+    True
+    """
+    return not SUMS_ONLY.isdisjoint(_parts(defense))
+
+
+def _parts(defense: str) -> list[str]:
+    return [part.partition("(")[0].strip() for part in defense.split(" then ")]

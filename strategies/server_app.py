@@ -46,6 +46,11 @@ def main(grid: Grid, context: Context) -> None:
         raise ConfigError(
             "the observer 'oracle' exists in simulation only, got a deployment: drop it from audit.observers"
         )
+    if made.secure is not None and not simulated:
+        raise ConfigError(
+            f"defense.name = {config.defense.name!r} is not allowed in a deployment: secure aggregation is "
+            "simulated, and this server would receive every single update"
+        )
     folder = run_folder(config)
     if engine != "in-process" and not config.output.resume and any((folder / "audit").glob("round-*")):
         raise ConfigError(f"a run keeps a folder of its own, got {folder} which holds one: set output.name")
@@ -82,6 +87,7 @@ def main(grid: Grid, context: Context) -> None:
         client_ids=client_ids,
         reject_bad_updates=federation.reject_bad_updates,
         announce=partial(_tell, signal, auditor) if signal else None,
+        secure=made.secure,
     )
     with auditor.held():
         run(grid, made, auditor, audited, folder, signal)

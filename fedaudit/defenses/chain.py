@@ -18,6 +18,7 @@ from fedaudit.claims import (
 )
 from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
 from fedaudit.defenses.plain_steps import PlainSteps
+from fedaudit.defenses.secure_aggregation import SecureAggregation
 from fedaudit.types import Guarantee, StepRelease
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Chain:
         parts: the defenses, two or more.
 
     Raises:
-        ValueError: for fewer than two parts, two that account for privacy, or steps that do not come first.
+        ValueError: for fewer than two parts, two that account for privacy, steps that do not come first, or
+            secure aggregation that does not come last.
     """
 
     parts: tuple[Defense, ...]
@@ -58,6 +60,11 @@ class Chain:
         if late:
             raise ValueError(
                 f"{late[0]} protects local steps, got it after {self.parts[0].name}: write it first"
+            )
+        summed = next((part for part in self.parts[:-1] if isinstance(part, SecureAggregation)), None)
+        if summed is not None:
+            raise ValueError(
+                f"{summed.name} sums what clients send, got {self.parts[-1].name} after it: write it last"
             )
 
     @property
@@ -124,6 +131,12 @@ class Chain:
 def chain(parts: Sequence[Defense]) -> Defense:
     """The only part, or all of them in a chain."""
     return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+def secure_part(defense: Defense) -> SecureAggregation | None:
+    """The part that hides single updates from the server; None if they are seen."""
+    last = defense.parts[-1] if isinstance(defense, Chain) else defense
+    return last if isinstance(last, SecureAggregation) else None
 
 
 def claims_left(stages: Sequence[Sequence[Claim]]) -> tuple[list[Claim], list[Claim]]:
