@@ -269,6 +269,10 @@ DEFENSES = Registry(
             "clips the update and adds Gaussian noise to all of it, client-level guarantee",
             "fedaudit.defenses.gaussian:GaussianUpdate",
         ),
+        "central-dp": (
+            "the server clips, averages and adds noise: client-level guarantee against all but the server",
+            "fedaudit.defenses.central_dp:CentralPrivacy",
+        ),
         "top-k": (
             "sends the largest coordinates of the update (per layer: gradient pruning)",
             "fedaudit.defenses.sparsify:TopK",
@@ -290,7 +294,18 @@ DEFENSES = Registry(
     joined_by="fedaudit.defenses.chain:chain",
 )
 WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive"})
-"""Defenses that protect by how a local step is released; all others change the finished update."""
+"""Defenses that protect by how a local step is released."""
+AT_SERVER = frozenset({"central-dp"})
+"""Defenses that protect the aggregate; the update that a server sees is as without them."""
+
+
+def parts_of(defense: str) -> list[str]:
+    """Names of a defense's parts, as written in its spec, without their options.
+
+    >>> parts_of("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
+    ['dp-sgd', 'top-k']
+    """
+    return [part.partition("(")[0].strip() for part in defense.split(" then ")]
 
 
 def changes_update(defense: str) -> list[str]:
@@ -299,5 +314,5 @@ def changes_update(defense: str) -> list[str]:
     >>> changes_update("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
     ['top-k']
     """
-    names = [part.partition("(")[0].strip() for part in defense.split(" then ")]
-    return [name for name in names if name in DEFENSES and name not in WITHIN_STEPS]
+    elsewhere = WITHIN_STEPS | AT_SERVER
+    return [name for name in parts_of(defense) if name in DEFENSES and name not in elsewhere]
