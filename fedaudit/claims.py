@@ -136,8 +136,8 @@ class Weights:
     """How the aggregate weights the clients; the noise must fit the largest weight.
 
     Attributes:
-        rule: 1/n each ("uniform"), each client's share of the examples ("num-examples"), or its examples up to
-            a limit over a fixed number ("capped").
+        rule: 1/n each ("uniform"), each client's share of the examples ("num-examples"), or its examples up
+            to a limit over a fixed number ("capped").
         cap: no weight is larger than this; None means that no cap is claimed.
         divisor: what uniform and capped weights are divided by, whoever replied; None means by n.
         most_examples: the limit of "capped".

@@ -1,4 +1,4 @@
-"""Central, client-level differential privacy: the server clips, adds up, adds noise, and releases the result."""
+"""Central, client-level differential privacy: the server clips, adds up, adds noise, and releases the sum."""
 
 import math
 from collections.abc import Mapping
@@ -8,16 +8,6 @@ from typing import ClassVar, Literal, get_args
 from torch import Generator, Tensor
 
 from fedaudit.accounting import Accountant, FederationLedger, noise_multiplier_for
-from fedaudit.claims import (
-    AdaptiveClipping,
-    Claim,
-    ClipNorm,
-    EpsilonClaim,
-    GaussianNoise,
-    IndependentNoise,
-    NothingBeside,
-    Weights,
-)
 from fedaudit.defenses.central_mechanism import AdaptiveNorm, CentralMechanism
 from fedaudit.defenses.plain_steps import PlainSteps
 from fedaudit.types import Guarantee
@@ -27,7 +17,7 @@ Weighting = Literal["uniform", "capped"]
 ADVERSARY: Literal["outsider"] = "outsider"
 """Against whom the guarantee holds: those who see the released models and no update."""
 COHORT_SHARE, MULTIPLE = 1 / 20, 1.5
-"""Noise on the count unless stated: cohort / 20 (Andrew et al. 2019), and at least 1.5 times the multiplier."""
+"""Noise on the count unless stated: cohort / 20 (Andrew et al. 2019), at least 1.5 times the multiplier."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class CentralPlan:
 
     @property
     def sample_rate(self) -> float:
-        """Probability that a client is asked, as far as the guarantee may use it; 1 without Poisson sampling."""
+        """Probability that a client is asked, as far as accounting may use it; 1 without Poisson sampling."""
         return self.cohort / self.clients if self.sampling == "poisson" else 1.0
 
     def ledger(self) -> FederationLedger:
@@ -86,44 +76,6 @@ class CentralPlan:
             return True
         reached = self.guarantee(self.after(ledger))
         return reached is not None and reached.epsilon <= self.budget * (1 + 1e-6)
-
-    def claims(self, clip_norm: float, releases: int = 0, stated: Guarantee | None = None) -> list[Claim]:
-        """What a round with this clip norm claims, and what its epsilon stands on.
-
-        Args:
-            clip_norm: C of the round.
-            releases: rounds released so far, this one included.
-            stated: the guarantee stated after it; None leaves the epsilon out.
-        """
-        mechanism = self.mechanism
-        capped = mechanism.most_examples
-        claims: list[Claim] = [
-            ClipNorm(clip_norm, by="server"),
-            Weights("capped", divisor=mechanism.divisor, most_examples=capped)
-            if capped
-            else Weights("uniform", divisor=mechanism.divisor),
-            GaussianNoise(mechanism.noise_std(clip_norm), on="aggregate"),
-            IndependentNoise("rounds", on="aggregate"),
-            IndependentNoise("tensors", on="aggregate"),
-            NothingBeside(),
-        ]
-        if mechanism.adaptive is not None:
-            moves = mechanism.adaptive
-            claims.append(AdaptiveClipping(moves.quantile, moves.lr, moves.count_noise, moves.cohort))
-        if stated is not None and releases:
-            claims.append(
-                EpsilonClaim(
-                    stated.epsilon,
-                    stated.delta,
-                    "client",
-                    self.accountant,
-                    mechanism.noise_multiplier,
-                    self.sample_rate,
-                    releases,
-                    on="aggregate",
-                )
-            )
-        return claims
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A noised sum of clipped client updates, and the clip norm of the next one: central, client-level privacy.
 
-One round releases (sum_i w_i clip_C(u_i) + N(0, s^2 I)) / D with 0 <= w_i <= w and a divisor D that depends on
-nobody's data. Adding one update to the sum, or taking one away, moves the result by at most w C / D, so that
-noise of standard deviation z w C / D on every coordinate makes it a Gaussian mechanism with multiplier z. A
+One round releases (sum_i w_i clip_C(u_i) + N(0, s^2 I)) / D with 0 <= w_i <= w and a divisor D that depends
+on nobody's data. Adding one update to the sum, or taking one away, moves the result by at most w C / D, so
+that noise of standard deviation z w C / D on every coordinate makes it a Gaussian mechanism with multiplier z. A
 client that fails counts as one that sent zero: the divisor stays, so the sensitivity does, and the mean is
 shorter than that of the clients who replied.
 """
@@ -22,7 +22,7 @@ HALF = 0.5
 
 
 def split_noise_multiplier(noise_multiplier: float, count_noise: float) -> float:
-    """Noise multiplier z_u of the updates when a count noised with std s is released beside them, both costing z.
+    """Noise multiplier z_u of the updates where a count with noise s is released beside them, both costing z.
 
     z_u = (z^-2 - (2 s)^-2)^(-1/2) (Andrew et al. 2019, arXiv 1905.03871, theorem 1): sum and count together
     are one Gaussian release, of squared sensitivity over noise 1 / z_u^2 + (1/2)^2 / s^2, which is 1 / z^2.
@@ -104,7 +104,7 @@ class CentralRelease:
 
 @dataclass(frozen=True)
 class CentralMechanism:
-    """Clips every update over all entries, adds them up with bounded weights, adds noise, divides by a constant.
+    """Clips updates over all entries, adds them up with bounded weights, adds noise, divides by a constant.
 
     The weight of an update is 1 ("uniform"), or min(n_i, most_examples) for a client of n_i examples. With w
     the largest weight, the sensitivity is w C / divisor: capped weights may therefore not be divided by the
@@ -201,11 +201,10 @@ class CentralMechanism:
             for name in shapes:
                 total[name] += weight * clipped[name]
             within += HALF if _norm(update) <= clip_norm else -HALF
-        std = self.noise_std(clip_norm)
-        change = {
-            name: total[name] / self.divisor + std * torch.from_numpy(np.asarray(source.standard_normal(shape)))
-            for name, shape in shapes.items()
-        }
+        std, change = self.noise_std(clip_norm), {}
+        for name, shape in shapes.items():
+            noise = torch.from_numpy(np.asarray(source.standard_normal(shape)))
+            change[name] = total[name] / self.divisor + std * noise
         return CentralRelease(change, clip_norm, std, self._following(clip_norm, within, source))
 
     def _following(self, clip_norm: float, within: float, source: np.random.Generator) -> float:

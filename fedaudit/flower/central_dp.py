@@ -1,10 +1,10 @@
 """CentralDP: client-level differential privacy around a Flower strategy that averages.
 
     from fedaudit.flower import CentralDP
-    strategy = CentralDP(FedAvg(), noise_multiplier=1.0, clipping_norm=1.0, num_sampled_clients=100, clients=5000)
+    strategy = CentralDP(FedAvg(), noise_multiplier=1.0, clipping_norm=1.0, num_sampled_clients=100)
     strategy.start(grid, arrays, num_rounds=10)
 
-The wrapped strategy asks clients and receives one reply in their place: the noised mean. What it makes of that
+The wrapped strategy asks clients and receives one reply in their place: the noised mean. What it makes of it
 (FedAvgM's momentum, FedAdam's step) is post-processing, and costs no privacy.
 """
 
@@ -30,12 +30,11 @@ from fedaudit.flower.messages import read_reply
 from fedaudit.types import ClientUpdate, Guarantee
 
 logger = logging.getLogger(__name__)
-AVERAGING: tuple[type[Strategy], ...] = (flower.FedAvg, flower.FedAvgM, flower.FedProx) + (
-    flower.FedAdam,
-    flower.FedAdagrad,
-    flower.FedYogi,
+AVERAGING: tuple[type[Strategy], ...] = (
+    *(flower.FedAvg, flower.FedProx, flower.FedAvgM),
+    *(flower.FedAdam, flower.FedAdagrad, flower.FedYogi),
 )
-"""Strategies of Flower's whose step is a function of the plain mean; a class derived from one counts as it."""
+"""Strategies of Flower's whose step is a function of the plain mean; a class derived from one counts too."""
 _SAMPLING, _NOISE = 0, 1
 
 
@@ -216,7 +215,7 @@ class CentralDP(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask whom the wrapped strategy asks, or a Poisson sample of them; nobody once the budget is spent."""
+        """Ask whom the wrapped strategy asks, or a Poisson sample; nobody once the budget is spent."""
         self._arrays, self._broadcast = arrays, dict(to_state_dict(arrays))
         self._asked = frozenset()
         self._held = not self.plan.admits(self.ledger)
@@ -353,7 +352,9 @@ def _check_inner(strategy: Strategy, plan: CentralPlan) -> None:
     """Raise a ConfigError unless the strategy's step is a function of the plain mean."""
     name = type(strategy).__name__
     if isinstance(getattr(strategy, "strategy", None), Strategy):
-        raise ConfigError(f"CentralDP holds the averaging strategy itself, got the wrapper {name}: put it outside")
+        raise ConfigError(
+            f"CentralDP holds the averaging strategy itself, got the wrapper {name}: put it outside"
+        )
     flowers = next((kind for kind in type(strategy).__mro__ if kind.__module__.startswith("flwr.")), None)
     if flowers not in AVERAGING:
         allowed = ", ".join(kind.__name__ for kind in AVERAGING)
@@ -362,7 +363,9 @@ def _check_inner(strategy: Strategy, plan: CentralPlan) -> None:
             f"use {allowed}"
         )
     if type(strategy).start is not Strategy.start:
-        raise ConfigError(f"a wrapped strategy must not override start(), got {name}: it would pass CentralDP by")
+        raise ConfigError(
+            f"a wrapped strategy must not override start(), got {name}: it would pass CentralDP by"
+        )
     averaging = getattr(strategy, "train_metrics_aggr_fn", None)
     if getattr(averaging, "__module__", "flwr.").split(".")[0] != "flwr":
         raise ConfigError(

@@ -44,7 +44,8 @@ class AuditStrategy(Strategy):
         client_ids: node id to client id, where it is known; otherwise node ids are recorded.
         reject_bad_updates: hand a reply that breaks a rule on as a failed client, which is what Flower's
             strategies know how to handle (FedAvg and CentralDP go on without it; a DP wrapper of
-            Flower's, whose noise is calibrated to the number of clients, gives up the round). If False it is handed on untouched.
+            Flower's, whose noise is calibrated to the number of clients, gives up the round). If False it
+            is handed on untouched.
         weight_key: the metric that weights a client.
         announce: numbers to add to the train configuration of a round, given its number; None adds none and
             hands the wrapped strategy the very configuration that came in. What is announced must come
