@@ -16,6 +16,7 @@ Sampling = Literal["fixed", "poisson"]
 Weighting = Literal["uniform", "capped"]
 ADVERSARY: Literal["outsider"] = "outsider"
 """Against whom the guarantee holds: those who see the released models and no update."""
+LEAST_NOISE = 0.01
 COHORT_SHARE, MULTIPLE = 1 / 20, 1.5
 """Noise on the count unless stated: cohort / 20 (Andrew et al. 2019), at least 1.5 times the multiplier."""
 
@@ -47,7 +48,7 @@ class CentralPlan:
     budget: float = 0.0
 
     def __post_init__(self) -> None:
-        self.guarantee(self.ledger().add(1.0, self.cohort))
+        self.ledger().add(1.0, self.cohort).guarantee(self.delta)
 
     @property
     def sample_rate(self) -> float:
@@ -65,9 +66,11 @@ class CentralPlan:
     def guarantee(self, ledger: FederationLedger) -> Guarantee | None:
         """The guarantee of everything in the ledger against those who see the released models only.
 
-        None where epsilon has no bound. Against the server, which receives updates before any noise, there is
-        no guarantee at all.
+        None where epsilon has no bound worth the name: noise multipliers up to 0.01, epsilon in the thousands.
+        Against the server, which receives updates before any noise, there is no guarantee at all.
         """
+        if self.mechanism.noise_multiplier <= LEAST_NOISE:
+            return None
         return ledger.guarantee(self.delta, ADVERSARY, accountant=self.accountant)
 
     def admits(self, ledger: FederationLedger) -> bool:

@@ -1,10 +1,10 @@
 """A noised sum of clipped client updates, and the clip norm of the next one: central, client-level privacy.
 
 One round releases (sum_i w_i clip_C(u_i) + N(0, s^2 I)) / D with 0 <= w_i <= w and a divisor D that depends
-on nobody's data. Adding one update to the sum, or taking one away, moves the result by at most w C / D, so
-that noise of standard deviation z w C / D on every coordinate makes it a Gaussian mechanism with multiplier z. A
-client that fails counts as one that sent zero: the divisor stays, so the sensitivity does, and the mean is
-shorter than that of the clients who replied.
+on nobody's data. Adding one update to the sum, or taking one away, moves the result by at most w C / D: noise
+of standard deviation z w C / D on every coordinate makes it a Gaussian mechanism with multiplier z. A client
+that fails counts as one that sent zero: the divisor stays, so the sensitivity does, and the mean is shorter
+than that of the clients who replied.
 """
 
 import math

@@ -4,8 +4,9 @@
     strategy = CentralDP(FedAvg(), noise_multiplier=1.0, clipping_norm=1.0, num_sampled_clients=100)
     strategy.start(grid, arrays, num_rounds=10)
 
-The wrapped strategy asks clients and receives one reply in their place: the noised mean. What it makes of it
-(FedAvgM's momentum, FedAdam's step) is post-processing, and costs no privacy.
+The wrapped strategy asks clients and receives one reply in their place, the noised mean, so that its log
+speaks of one result. What it makes of it (FedAvgM's momentum, FedAdam's step) is post-processing and costs no
+privacy.
 """
 
 import logging
@@ -24,7 +25,7 @@ from torch import Tensor
 from fedaudit.accounting import Accountant, FederationLedger
 from fedaudit.defenses.central_dp import ADVERSARY, CentralPlan, CentralPrivacy, Sampling, Weighting
 from fedaudit.defenses.central_mechanism import CentralRelease
-from fedaudit.errors import BadUpdateError, ConfigError
+from fedaudit.errors import BadUpdateError, ConfigError, RecordError
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import read_reply
 from fedaudit.types import ClientUpdate, Guarantee
@@ -202,15 +203,18 @@ class CentralDP(Strategy):
         """Continue from what `state_to_keep` returned.
 
         Raises:
-            ValueError: if it is damaged, or of another federation.
+            RecordError: if it is damaged, or of another federation.
         """
-        ledger = FederationLedger.from_lists(kept["ledger"])
+        try:
+            ledger, clip_norm = FederationLedger.from_lists(kept["ledger"]), float(kept["clip-norm"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"what CentralDP kept is damaged ({error}): start the run anew") from error
         if (ledger.clients, ledger.sampling) != (self.ledger.clients, self.ledger.sampling):
-            raise ValueError(
+            raise RecordError(
                 f"a ledger is continued with the clients and the sampling it began with, got "
                 f"{self.ledger.clients}, {self.ledger.sampling} after {ledger.clients}, {ledger.sampling}"
             )
-        self.ledger, self.clip_norm = ledger, float(kept["clip-norm"])
+        self.ledger, self.clip_norm = ledger, clip_norm
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -251,16 +255,15 @@ class CentralDP(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Release the noised mean of what came in, through the wrapped strategy; no metrics."""
-        received = self._read(server_round, replies)
         if self._held:
             return None, None
-        source = self._source(_NOISE)
+        received = self._read(server_round, replies)
         release = self.plan.mechanism.release(
             [received[node].delta for node in sorted(received)],
             [received[node].num_examples for node in sorted(received)],
             self._broadcast,
             self.clip_norm,
-            source,
+            self._source(_NOISE),
         )
         self.ledger = self.plan.after(self.ledger)
         noised = {

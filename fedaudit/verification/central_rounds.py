@@ -1,8 +1,8 @@
 """What a defense of the aggregate claims of each recorded round.
 
 Divisor, weights, noise multiplier and the clip norm of the first round are those of the configuration; noise
-and sensitivity are worked out here, not asked of the mechanism. The clip norms of later rounds, where they adapt,
-and the stated epsilon are read from the records.
+and sensitivity are worked out here, not asked of the mechanism. The clip norms of later rounds, where they
+adapt, and the stated epsilon are read from the records.
 """
 
 import json
