@@ -66,7 +66,7 @@ class CentralPlan:
     def guarantee(self, ledger: FederationLedger) -> Guarantee | None:
         """The guarantee of everything in the ledger against those who see the released models only.
 
-        None where epsilon has no bound worth the name: noise multipliers up to 0.01, epsilon in the thousands.
+        None where epsilon has no bound worth the name: multipliers up to 0.01, epsilon in the thousands.
         Against the server, which receives updates before any noise, there is no guarantee at all.
         """
         if self.mechanism.noise_multiplier <= LEAST_NOISE:

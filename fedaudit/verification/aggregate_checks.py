@@ -253,7 +253,7 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
     def at(level: float) -> Finding:
         found = aggregate.explanation(level)
         test, claimed = found.test, mixture.weights(claim.rule)
-        direction = mixture.others[0]
+        direction = "uniform" if claim.rule == "num-examples" else "num-examples"
         other = mixture.weights(direction)
         estimates, errors = test.fitted
         largest = int(np.argmax(estimates)) if found.rule == "fitted" else int(np.argmax(found.weights))

@@ -109,15 +109,20 @@ class Mixture:
         return [name for name, values in self.change.items() if values.size > 1] or list(self.change)
 
     def weights(self, rule: str) -> Vector:
-        """The clients' weights (n,) under a rule; "replies" is 1/n with the n that did reply."""
+        """The clients' weights (n,) under a rule.
+
+        Beside those of a claim: "replies" is 1/n with the n that did reply, "uncapped examples" the claimed
+        weights without their limit.
+        """
         if rule == "replies":
             return np.full(self.clients, 1 / self.clients)
         if rule == "uniform":
             own = self.claimed.divisor if self.claimed.rule == "uniform" else None
             return np.full(self.clients, 1 / (own or self.clients))
-        if rule == "capped":
-            capped: Vector = np.minimum(self.examples, self.claimed.most_examples)
-            return capped / (self.claimed.divisor or capped.sum())
+        if rule in ("capped", "uncapped examples"):
+            limit = self.claimed.most_examples if rule == "capped" else np.inf
+            counted: Vector = np.minimum(self.examples, limit)
+            return counted / (self.claimed.divisor or counted.sum())
         shares: Vector = self.examples / self.examples.sum()
         return shares
 
@@ -135,9 +140,9 @@ class Mixture:
         if self.claimed.rule == "num-examples":
             return ["uniform"]
         if self.claimed.rule == "capped":
-            return ["num-examples", "uniform"]
+            return ["uncapped examples", "num-examples", "uniform"]
         planned = self.claimed.divisor or self.clients
-        return ["num-examples"] if planned == self.clients else ["num-examples", "replies"]
+        return ["num-examples"] if planned == self.clients else ["replies", "num-examples"]
 
     def left(self, weights: Vector, factors: Mapping[str, Vector]) -> dict[str, Vector]:
         """D - sum_i w_i f_i u_i by tensor name."""
@@ -264,7 +269,7 @@ class Explanation:
     Attributes:
         test: the claimed hypothesis' own test.
         weights: weights (n,) that explain the change.
-        rule: what they are: "uniform", "num-examples", "capped", "replies" or "fitted".
+        rule: what they are: one of `Mixture.weights`, or "fitted".
         clipped: how the updates entered.
         factors: factor of each client and tensor.
         rounds: rounds whose evidence was needed.
