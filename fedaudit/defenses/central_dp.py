@@ -96,10 +96,10 @@ class CentralPrivacy(PlainSteps):
     Clients that fail, are rejected or are too late count as zero updates: the divisor is the planned cohort,
     whoever replies, so the sensitivity stays C / cohort and the mean becomes shorter. A round that nobody
     replied to releases noise alone; releasing nothing would tell it from a round with one client. Integer
-    entries (counters of batches) keep their broadcast value; floating-point buffers are clipped and noised like
-    parameters, which can turn a running variance negative: use GroupNorm instead of BatchNorm. Metrics that
-    clients report, evaluation on clients included, are not released. Each reply is judged by itself: what one
-    client sends never decides whether another's update counts.
+    entries (counters of batches) keep their broadcast value; floating-point buffers are clipped and noised
+    like parameters, which can turn a running variance negative: use GroupNorm instead of BatchNorm. Metrics
+    that clients report, evaluation on clients included, are not released. Each reply is judged by itself:
+    what one client sends never decides whether another's update counts.
 
     The noise is scaled to the clip norm that was applied. Adaptive clipping (Andrew et al. 2019, arXiv
     1905.03871) moves the norm towards a quantile of the update norms afterwards, by a count that takes its
