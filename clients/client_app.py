@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
+from fedaudit.defenses.chain import central
 from fedaudit.errors import ConfigError
 from fedaudit.flower.arrays import copy_into, from_state_dict, to_state_dict
 from fedaudit.flower.messages import LEAKAGE, MEASURE_PREFIX, encode_finding, reply
@@ -70,7 +71,7 @@ def train(message: Message, context: Context) -> Message:
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
     # the loss is a function of the data that no noise protects, and no sum hides
-    if guarantee is None and made.secure is None:
+    if guarantee is None and made.secure is None and central(made.defense) is None:
         metrics["train-loss"] = result.loss
     return reply(message, from_state_dict(after), metrics, beside)
 

@@ -260,12 +260,13 @@ def check(config: RunConfig) -> Setup:
 
     _check_machine(config)
     made = setup(config.flat())
+    central_parts = reference_module("strategies.central")
     with _about("strategy.name", config.strategy.name):
         build_strategy = reference_module("strategies.flower_strategies").build_strategy
         strategy = build_strategy(
             config.strategy.name,
             clients=made.clients,
-            fraction_train=config.federation.fraction_train,
+            fraction_train=central_parts.inner_fraction(made),
             min_available=made.clients,
         )
     with _about("audit.measures", config.audit.measures):
@@ -285,6 +286,7 @@ def check(config: RunConfig) -> Setup:
         prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
         made.defense.restore(prepared)
         check_signal(made.defense, config.audit)
+        central_parts.protected(strategy, made)
         private = made.defense.guarantee(Ledger(), sizes[0]) is not None
     if hasattr(strategy, "train_loss_key") and private:
         raise ConfigError(

@@ -269,6 +269,10 @@ DEFENSES = Registry(
             "clips the update and adds Gaussian noise to all of it, client-level guarantee",
             "fedaudit.defenses.gaussian:GaussianUpdate",
         ),
+        "central-dp": (
+            "the server clips, averages and adds noise: client-level guarantee against all but the server",
+            "fedaudit.defenses.central_dp:CentralPrivacy",
+        ),
         "top-k": (
             "sends the largest coordinates of the update (per layer: gradient pruning)",
             "fedaudit.defenses.sparsify:TopK",
@@ -294,9 +298,20 @@ DEFENSES = Registry(
     joined_by="fedaudit.defenses.chain:chain",
 )
 WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive"})
-"""Defenses that protect by how a local step is released; others change the finished update."""
+"""Defenses that protect by how a local step is released."""
 SUMS_ONLY = frozenset({"secure-aggregation"})
-"""Defenses that change no update and hide single ones from the server: they do neither of these."""
+"""Defenses that change no update and hide single ones from the server."""
+AT_SERVER = frozenset({"central-dp"})
+"""Defenses that protect the aggregate; the update that a server sees is as without them."""
+
+
+def parts_of(defense: str) -> list[str]:
+    """Names of a defense's parts, as written in its spec, without their options.
+
+    >>> parts_of("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
+    ['dp-sgd', 'top-k']
+    """
+    return [part.partition("(")[0].strip() for part in defense.split(" then ")]
 
 
 def changes_update(defense: str) -> list[str]:
@@ -305,8 +320,8 @@ def changes_update(defense: str) -> list[str]:
     >>> changes_update("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
     ['top-k']
     """
-    names = _parts(defense)
-    return [name for name in names if name in DEFENSES and name not in WITHIN_STEPS | SUMS_ONLY]
+    elsewhere = WITHIN_STEPS | SUMS_ONLY | AT_SERVER
+    return [name for name in parts_of(defense) if name in DEFENSES and name not in elsewhere]
 
 
 def shows_sums_only(defense: str) -> bool:
@@ -315,8 +330,4 @@ def shows_sums_only(defense: str) -> bool:
     >>> shows_sums_only("dp-sgd(epsilon=8) then secure-aggregation(threshold=3)")
     True
     """
-    return not SUMS_ONLY.isdisjoint(_parts(defense))
-
-
-def _parts(defense: str) -> list[str]:
-    return [part.partition("(")[0].strip() for part in defense.split(" then ")]
+    return not SUMS_ONLY.isdisjoint(parts_of(defense))

@@ -25,6 +25,7 @@ from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
 
 from . import checkpoint
+from .central import inner_fraction, protected
 from .flower_strategies import build_strategy
 from .rounds import SeededRounds
 
@@ -77,9 +78,10 @@ def main(grid: Grid, context: Context) -> None:
     inner = build_strategy(
         config.strategy.name,
         clients=len(client_ids),
-        fraction_train=federation.fraction_train,
+        fraction_train=inner_fraction(made),
         min_available=len(client_ids),
     )
+    inner = protected(inner, made, auditor)
     signal = _signal(made)
     audited = AuditStrategy(
         inner,

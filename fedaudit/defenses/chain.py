@@ -16,7 +16,7 @@ from fedaudit.claims import (
     QuantizationLevels,
     Sparsity,
 )
-from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
+from fedaudit.defenses.base import BudgetedByRound, CentralDefense, Defense, adaptive
 from fedaudit.defenses.plain_steps import PlainSteps
 from fedaudit.defenses.secure_aggregation import SecureAggregation
 from fedaudit.types import Guarantee, StepRelease
@@ -33,14 +33,14 @@ class Chain:
     accounts for privacy. Its guarantee is the chain's: what comes after it sees nothing but its output
     (post-processing), and what comes before it is clipped and noised like any other update. Order matters
     for what is sent: "top-k then gaussian" noises every coordinate, "gaussian then top-k" sends the largest
-    noised ones.
+    noised ones. A defense of the aggregate comes last: the server acts on what clients have sent.
 
     Attributes:
         parts: the defenses, two or more.
 
     Raises:
         ValueError: for fewer than two parts, two that account for privacy, steps that do not come first, or
-            secure aggregation that does not come last.
+            secure aggregation or a defense of the aggregate that does not come last.
     """
 
     parts: tuple[Defense, ...]
@@ -65,6 +65,11 @@ class Chain:
         if summed is not None:
             raise ValueError(
                 f"{summed.name} sums what clients send, got {self.parts[-1].name} after it: write it last"
+            )
+        early = [part.name for part in self.parts[:-1] if isinstance(part, CentralDefense)]
+        if early:
+            raise ValueError(
+                f"{early[0]} acts on the aggregate, got {self.parts[-1].name} after it: write it last"
             )
 
     @property
@@ -139,6 +144,12 @@ def secure_part(defense: Defense) -> SecureAggregation | None:
     return last if isinstance(last, SecureAggregation) else None
 
 
+def central(defense: Defense) -> CentralDefense | None:
+    """The part that acts on the aggregate, at the server; None if there is none."""
+    last = defense.parts[-1] if isinstance(defense, Chain) else defense
+    return last if isinstance(last, CentralDefense) else None
+
+
 def claims_left(stages: Sequence[Sequence[Claim]]) -> tuple[list[Claim], list[Claim]]:
     """What still shows in an update after all stages, and the claims that a later stage hides.
 
@@ -169,4 +180,5 @@ def _survives(claim: Claim, later: Sequence[Claim]) -> bool:
 
 
 def _accounts(part: Defense) -> bool:
-    return not isinstance(part, PlainSteps) or type(part).guarantee is not PlainSteps.guarantee
+    stated = not isinstance(part, PlainSteps) or type(part).guarantee is not PlainSteps.guarantee
+    return stated or isinstance(part, CentralDefense)

@@ -45,8 +45,9 @@ class AuditStrategy(Strategy):
         auditor: measures, attacks and records.
         client_ids: node id to client id, where it is known; otherwise node ids are recorded.
         reject_bad_updates: hand a reply that breaks a rule on as a failed client, which is what Flower's
-            strategies know how to handle (FedAvg goes on without it; a DP wrapper, whose noise is
-            calibrated to the number of clients, gives up the round). If False it is handed on untouched.
+            strategies know how to handle (FedAvg and CentralDP go on without it; a DP wrapper of
+            Flower's, whose noise is calibrated to the number of clients, gives up the round). If False it
+            is handed on untouched.
         weight_key: the metric that weights a client.
         announce: numbers to add to the train configuration of a round, given its number; None adds none and
             hands the wrapped strategy the very configuration that came in. What is announced must come
@@ -107,6 +108,8 @@ class AuditStrategy(Strategy):
         guarantees: dict[int, Guarantee] = {}
         handed_on: list[Message] = []
         usual_keys = _usual_metric_keys(received)
+        # a vote among clients would let one decide about others, which client-level privacy cannot bear
+        alone = bool(getattr(self.strategy, "judges_replies_alone", False))
         for message in received:
             asked = sent.pop(message.metadata.reply_to_message_id, None)
             # an error that the SuperLink made carries its own id, not the lost node's
@@ -122,7 +125,7 @@ class AuditStrategy(Strategy):
                     client_ids=self.client_ids,
                     weight_key=self.weight_key,
                 )
-                if metric_keys(message) != usual_keys:
+                if not alone and metric_keys(message) != usual_keys:
                     raise BadUpdateError(
                         f"clients report the same metrics, got {sorted(metric_keys(message))} "
                         f"instead of {sorted(usual_keys)}"

@@ -131,5 +131,6 @@ EPSILON = (
     "or a client) no output is more than e^ε times likelier, up to δ. It is the largest over clients, "
     "because their data are disjoint, composed over the rounds each took part in.",
     "Not a measurement: it holds for every adversary if the mechanism runs as stated, and is usually far "
-    "above what a given attack achieves. An ε without its δ, unit and accountant says nothing.",
+    "above what a given attack achieves. An ε without its δ, unit and accountant says nothing. One of "
+    "central noise holds against an outsider, who sees the released models only, and not against the server.",
 )

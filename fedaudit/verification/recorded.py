@@ -22,7 +22,7 @@ from fedaudit.claims import (
 )
 from fedaudit.config import RunConfig
 from fedaudit.defenses.base import BudgetedByRound, Defense
-from fedaudit.defenses.chain import Chain, claims_left
+from fedaudit.defenses.chain import Chain, central, claims_left
 from fedaudit.errors import RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run
@@ -31,6 +31,7 @@ from fedaudit.round_release import release_behind
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
+from fedaudit.verification.central_rounds import CentralRounds
 from fedaudit.verification.derive import Claiming, Unstated, step_claims, strategy_claims
 from fedaudit.verification.memory import NoiseMemory
 from fedaudit.verification.round import ALPHA, verify_round
@@ -123,9 +124,8 @@ class RecordedRun:
     def epsilon_claims(self) -> dict[tuple[int, int], tuple[float, float, str, str, int]]:
         """By (round, client): epsilon, delta, unit, accountant as stated, and rounds taken part in so far."""
         records = self.run.records
-        stated = records[(records["quantity"] == "epsilon") & (records["status"] == "ok")].sort_values(
-            "round"
-        )
+        own = (records["quantity"] == "epsilon") & records["client_id"].notna()
+        stated = records[own & (records["status"] == "ok")].sort_values("round")
         rounds: dict[int, int] = defaultdict(int)
         found = {}
         for row in stated.to_dict("records"):
@@ -146,9 +146,9 @@ def verify_run(
 ) -> list[Finding]:
     """Every finding of every kept round of a run, against the claims of its own configuration.
 
-    The defense's claims are tested on the updates, the strategy's on the aggregates: the aggregate of a round
-    is the broadcast of the next, so the last kept round needs the final weights, and a round whose successor
-    was not kept has no aggregate.
+    The defense's claims are tested on the updates, the strategy's on the aggregates, and so are those of a
+    defense that acts on the aggregate: the aggregate of a round is the broadcast of the next, so the last
+    kept round needs the final weights, and a round whose successor was not kept has no aggregate.
 
     Args:
         folder: the run's folder; updates must have been kept (`audit.save-updates`).
@@ -169,6 +169,8 @@ def verify_run(
         clients=config.federation.clients,
         fraction_train=config.federation.fraction_train,
     )
+    at_server = central(defense)
+    rounds = CentralRounds.of(at_server, config, recorded.run.records) if at_server is not None else None
     first_only = any(isinstance(claim, AdaptiveClipping) for claim in general)
     stated = recorded.epsilon_claims()
     extra = insight(recorded) if insight is not None else None
@@ -193,14 +195,22 @@ def verify_run(
                 if known is not None:
                     noise_free[update.client_id] = known
         unknown = first_only and number > 1
+        shared = [claim for claim in general if not (unknown and _follows_norm(claim))]
+        if rounds is not None:
+            shared, hidden_at_server = rounds.claims(number)
+            findings += [
+                Finding(part.claim, None, None, None, UNCHECKED, observer, part.reason, number)
+                for part in hidden_at_server
+            ]
         findings += verify_round(
-            [claim for claim in general if not (unknown and _follows_norm(claim))],
+            shared,
             updates,
             after,
             per_client=own,
             observer=observer,
             noise_free=noise_free,
             batches=batches,
+            clip_norms=rounds.clip_norms(number) if rounds is not None else None,
             memory=memory,
             alpha=alpha,
         )
