@@ -99,6 +99,7 @@ def notices(runs: Runs) -> list[str]:
             "with the batch of all clients together, and no single update: what compares clients is skipped, "
             "claims about single updates cannot be verified, and numbers of the observers client and oracle "
             "are of updates that this server never sees."
+        )
     central = [name for name in evidence.defenses if AT_SERVER & set(parts_of(name))]
     if central:
         found.append(
