@@ -166,7 +166,7 @@ def diagnose_run(run: Run, client: int, round_number: int) -> tuple[ThreatCard, 
         )
     with torch.random.fork_rng(devices=[]):
         model = made.build_model()
-    examples = len(made.partitions[client])
+    examples = made.num_examples(client)
     update = ClientUpdate(client, round_number, model.state_dict(), {}, examples)
     ctx = replace(made.context(round_number), num_updates=made.clients)
     card = threat_card(model, update, ctx, {}, made.config.defense.name)

@@ -286,11 +286,19 @@ DEFENSES = Registry(
             "sends nothing of the named layers",
             "fedaudit.defenses.withhold_layers:WithholdLayers",
         ),
+        "censor": (
+            "leaves out the client's most unique examples and audits those that stay again",
+            "fedaudit.defenses.censor:Censor",
+        ),
+        "larger-batch": (
+            "steps on several times as many examples",
+            "fedaudit.defenses.larger_batch:LargerBatch",
+        ),
     },
     joined_by="fedaudit.defenses.chain:chain",
 )
-WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive"})
-"""Defenses that protect by how a local step is released; all others change the finished update."""
+WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive", "censor", "larger-batch"})
+"""Defenses of a local step: of its examples or its release; all others change the finished update."""
 
 
 def changes_update(defense: str) -> list[str]:
