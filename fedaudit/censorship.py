@@ -47,7 +47,8 @@ class Peeled:
 def peel(audit: Audit, num_examples: int, removals: Sequence[int]) -> Peeled:
     """Remove the most unique examples in passes, with an audit before each and after the last.
 
-    Of equally unique examples the first go first.
+    Which of several equally unique examples goes is a matter of rounding; where they are the same number, the
+    first.
 
     Args:
         audit: says how unique rows are among one another; called once per pass and once more.
@@ -107,13 +108,19 @@ def gram_at(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
         loss: SUM-reduced loss (outputs, labels) -> scalar.
         x: examples (n, ...) on the model's device.
         y: labels (n,) there.
+
+    Raises:
+        ValueError: if a gradient is not finite.
     """
     training = model.training
     model.eval()
     try:
-        return example_gram(model, loss, x, y, chunk=CHUNK).cpu()
+        gram = example_gram(model, loss, x, y, chunk=CHUNK).cpu()
     finally:
         model.train(training)
+    if not bool(gram.isfinite().all()):
+        raise ValueError("an audit needs finite gradients, got NaN or infinity: lower the learning rate")
+    return gram
 
 
 def rehearsed(
