@@ -29,13 +29,14 @@ def train(message: Message, context: Context) -> Message:
     config: dict[str, Any] = dict(message.content.config_records["config"].items())
     round_number = int(config["server-round"])
     settings = made.settings(round_number, proximal_mu=float(config.get("proximal-mu", 0.0)))
-    x, y = (tensor.to(made.device) for tensor in made.client_data(client))
+    arrays = message.content.array_records["arrays"]
+    before = to_state_dict(arrays)
+    x, y = (tensor.to(made.device) for tensor in made.training_data(client, before))
     steps = steps_per_round(len(y), settings)
     ledger = _ledger(context)
     release = made.release_in_round(len(y), round_number, ledger, _number(config.get(LEAKAGE)))
     ledger = made.defense.charge(ledger, release, steps, len(y))
 
-    arrays = message.content.array_records["arrays"]
     model = made.worker_model()
     weights = model.state_dict()  # the model's own tensors, before and after training
     copy_into(weights, arrays)
@@ -54,7 +55,7 @@ def train(message: Message, context: Context) -> Message:
     )
     trained = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     chance = torch.Generator().manual_seed(client_seed(noise.initial_seed(), client, round_number))
-    after = weights_to_send(made.defense, to_state_dict(arrays), trained, chance)
+    after = weights_to_send(made.defense, before, trained, chance)
     _keep(context, ledger)
 
     stated = stated_release(made.defense, release)
@@ -67,7 +68,7 @@ def train(message: Message, context: Context) -> Message:
             "privacy-unit": guarantee.unit,
             "accountant": guarantee.accountant,
         }
-    for name, finding, seconds in self_audit(made, client, round_number, arrays, after, guarantee, stated):
+    for name, finding, seconds in self_audit(made, client, round_number, before, after, guarantee, stated):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
     # the loss is a function of the data that no noise protects, and no sum hides

@@ -1,16 +1,16 @@
 """What a client measures about itself: scalars only, and only if the observer "client" is enabled."""
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedaudit.app import Setup
 from fedaudit.audit_rows import Finding
 from fedaudit.auditor import Auditor, is_due, run_measure
-from fedaudit.flower.arrays import to_state_dict
+from fedaudit.censorship import findings
 from fedaudit.types import ClientUpdate, Guarantee, Measure
 
 
@@ -18,7 +18,7 @@ def self_audit(
     made: Setup,
     client: int,
     round_number: int,
-    arrays: ArrayRecord,
+    before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     guarantee: Guarantee | None,
     stated: Mapping[str, float],
@@ -32,9 +32,8 @@ def self_audit(
         return
     if not is_due(round_number, audit.every, made.config.federation.rounds):
         return
-    before = to_state_dict(arrays)
     delta = {name: after[name] - sent for name, sent in before.items() if sent.is_floating_point()}
-    update = ClientUpdate(client, round_number, before, delta, len(made.partitions[client]), stated)
+    update = ClientUpdate(client, round_number, before, delta, made.num_examples(client), stated)
     ctx = replace(
         made.context(round_number),
         observer="client",
@@ -44,8 +43,23 @@ def self_audit(
         num_updates=1,
     )
     for measure in _measures(audit.measures):
-        findings, seconds = run_measure(measure, "client", [update], ctx)
-        yield measure.name, findings[0], seconds
+        found, seconds = run_measure(measure, "client", [update], ctx)
+        yield measure.name, found[0], seconds
+    yield from _removal(made, client, before)
+
+
+def _removal(made: Setup, client: int, before: Mapping[str, Tensor]) -> Iterator[tuple[str, Finding, float]]:
+    """How unique the examples are that the client left out and those it kept, if it leaves any out."""
+    started = time.perf_counter()
+    try:
+        found = made.peeled(client, before)
+    except ValueError as error:
+        yield "censored-examples", error, time.perf_counter() - started
+        return
+    if found is not None:
+        rows = findings(found)
+        seconds = (time.perf_counter() - started) / len(rows)
+        yield from ((name, estimate, seconds) for name, estimate in rows.items())
 
 
 @lru_cache(maxsize=2)

@@ -27,10 +27,11 @@ from torch.nn import functional
 
 from fedaudit import __version__
 from fedaudit.accounting import Ledger
+from fedaudit.censorship import Censorship, Peeled
 from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
-from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
+from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive, removing
 from fedaudit.defenses.chain import secure_part
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
@@ -39,7 +40,7 @@ from fedaudit.registry import DEFENSES
 from fedaudit.round_release import check_signal, plan, release_behind
 from fedaudit.secure_sum import SecureSum, check_secure
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round
+from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round, under_defense
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,49 @@ class Setup:
         return [torch.as_tensor(indices, dtype=torch.int64) for indices in found]
 
     def client_data(self, client: int) -> tuple[Tensor, Tensor]:
-        """A client's own examples and labels."""
+        """A client's own examples and labels, those that its defense leaves out included."""
         rows = self.partitions[client]
         return self.data.train.x[rows], self.data.train.y[rows]
+
+    @cached_property
+    def censorship(self) -> Censorship | None:
+        """Which examples clients leave out, if their defense says that they do."""
+        defense = removing(self.defense)
+        if defense is None:
+            return None
+        return Censorship(
+            defense,
+            lambda: self.build_model().to(self.device),
+            summed_cross_entropy,
+            self.settings(1),
+            self.config.seed,
+            remembered=2 * self.clients,
+        )
+
+    def num_examples(self, client: int) -> int:
+        """How many of its examples a client trains on, in every round."""
+        held = len(self.partitions[client])
+        return self.censorship.left(held) if self.censorship is not None else held
+
+    def rows(self, client: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Positions, among a client's own, of the examples it trains on when it is sent these weights."""
+        if self.censorship is None:
+            return torch.arange(len(self.partitions[client]))
+        return self.censorship.rows(client, *self.client_data(client), weights)
+
+    def training_data(self, client: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The examples and labels a client trains on when it is sent these weights."""
+        x, y = self.client_data(client)
+        if self.censorship is None:
+            return x, y
+        rows = self.censorship.rows(client, x, y, weights)
+        return x[rows], y[rows]
+
+    def peeled(self, client: int, weights: Mapping[str, Tensor]) -> Peeled | None:
+        """How unique a client's examples are with and without those it leaves out; None if it leaves none."""
+        if self.censorship is None:
+            return None
+        return self.censorship.peeled(client, *self.client_data(client), weights)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -114,11 +155,15 @@ class Setup:
     @cached_property
     def defense(self) -> Defense:
         """The defense in force, planned over the run's rounds where it divides a budget among them."""
-        built: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
         rounds = self.config.federation.rounds
-        if isinstance(built, BudgetedByRound):
-            return built.over_rounds(rounds)
-        return plan(built, self.settings(1), rounds)
+        if isinstance(self._built_defense, BudgetedByRound):
+            return self._built_defense.over_rounds(rounds)
+        return plan(self._built_defense, self.settings(1), rounds)
+
+    @cached_property
+    def _built_defense(self) -> Defense:
+        built: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
+        return built
 
     @cached_property
     def secure(self) -> SecureSum | None:
@@ -127,9 +172,9 @@ class Setup:
         return SecureSum(part, self.config.seed) if part is not None else None
 
     def settings(self, round_number: int, proximal_mu: float = 0.0) -> TrainSettings:
-        """Local training in a round."""
+        """Local training in a round, as configuration and defense have it."""
         train = self.config.train
-        return TrainSettings(
+        configured = TrainSettings(
             optimizer=train.optimizer,
             lr=train.lr * train.lr_decay ** (round_number - 1),
             momentum=train.momentum,
@@ -139,11 +184,13 @@ class Setup:
             local_steps=train.local_steps,
             proximal_mu=proximal_mu,
         )
+        return under_defense(configured, self._built_defense)
 
     def release(self, num_examples: int) -> StepRelease:
-        """What one local step of a client with this many examples makes visible."""
-        planned = steps_per_round(num_examples, self.settings(1)) * self.config.federation.rounds
-        return self.defense.release(num_examples, self.config.train.batch_size, planned)
+        """What one local step of a client that trains on this many examples makes visible."""
+        settings = self.settings(1)
+        planned = steps_per_round(num_examples, settings) * self.config.federation.rounds
+        return self.defense.release(num_examples, settings.batch_size, planned)
 
     def release_in_round(
         self, num_examples: int, round_number: int, ledger: Ledger, leakage: float | None
@@ -159,9 +206,9 @@ class Setup:
         return release_behind(self.defense, update) or self.release(update.num_examples)
 
     def batches(self, client: int, round_number: int) -> list[Tensor]:
-        """Indices of the examples of each local step; a function of seed, client and round alone."""
+        """Indices, in its training data, of each local step; a function of seed, client and round alone."""
         return plan_batches(
-            len(self.partitions[client]),
+            self.num_examples(client),
             self.settings(round_number),
             poisson=self.defense.poisson,
             seed=client_seed(self.config.seed, client, round_number),
@@ -192,7 +239,7 @@ class Setup:
 
     def evidence(self, update: ClientUpdate) -> LocalEvidence:
         """The examples a client trains on (an oracle's view)."""
-        x, y = self.client_data(update.client_id)
+        x, y = self.training_data(update.client_id, update.before)
         return LocalEvidence(x, y, self.release_of(update))
 
     def truth(self, update: ClientUpdate) -> Truth:
@@ -200,7 +247,7 @@ class Setup:
         if update.summed:
             parts = [self.truth(replace(update, client_id=each, summed=())) for each in update.summed]
             return Truth(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
-        x, y = self.client_data(update.client_id)
+        x, y = self.training_data(update.client_id, update.before)
         used = torch.cat([*self.batches(update.client_id, update.round), torch.empty(0, dtype=torch.int64)])
         rows = torch.unique(used)
         return Truth(x[rows], y[rows])
@@ -276,14 +323,16 @@ def check(config: RunConfig) -> Setup:
     with _about("data.name", config.data.name):
         _ = made.data
     with _about("data.partitioner", config.data.partitioner):
-        sizes = [len(rows) for rows in made.partitions]
+        _ = made.partitions
     with _about("model.name", config.model.name):
         model = made.build_model()
     with _about("defense.name", config.defense.name):
+        sizes = [made.num_examples(client) for client in range(made.clients)]
         releases = [made.release(size) for size in sizes]
         noise = torch.Generator().manual_seed(0)
         optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
-        prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
+        batch_size = made.settings(1).batch_size
+        prepared, _ = made.defense.prepare(model, optimizer, releases[0], batch_size, noise)
         made.defense.restore(prepared)
         check_signal(made.defense, config.audit)
         central_parts.protected(strategy, made)

@@ -162,7 +162,8 @@ class _Probe:
         advantage = self._membership(update, chosen)
         alone = {**self._reconstruction(update, chosen), **self._single(update, chosen)}
         shared = self._of_round(update)
-        for position, example in enumerate(chosen.tolist()):
+        held = self.made.rows(update.client_id, update.before)[chosen]  # positions among all of the client's
+        for position, example in enumerate(held.tolist()):
             yield {
                 "defense": self.made.config.defense.name,
                 "seed": self.made.config.seed,

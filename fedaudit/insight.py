@@ -39,7 +39,7 @@ def _clipped_step(made: Setup, update: ClientUpdate, clip_norm: float, unit: flo
     (rows,) = made.batches(update.client_id, update.round)
     total = torch.zeros(sum(p.numel() for p in parameters.values()))
     if len(rows):
-        x, y = made.client_data(update.client_id)
+        x, y = made.training_data(update.client_id, update.before)
         gradients = example_gradients(model, summed_cross_entropy, x[rows], y[rows], clip_norm=clip_norm)
         total = gradients.sum(0)
     pieces = torch.split(-unit * total, [p.numel() for p in parameters.values()])

@@ -169,7 +169,7 @@ def diagnose_run(run: Run, client: int, round_number: int) -> tuple[ThreatCard, 
         )
     with torch.random.fork_rng(devices=[]):
         model = made.build_model()
-    examples = len(made.partitions[client])
+    examples = made.num_examples(client)
     update = ClientUpdate(client, round_number, model.state_dict(), {}, examples)
     ctx = replace(made.context(round_number), num_updates=made.clients)
     if made.secure is not None:  # all that a server can attack is the sum of everybody's updates

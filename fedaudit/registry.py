@@ -294,11 +294,19 @@ DEFENSES = Registry(
             "the server sees the sum of the clients' updates and no single one (simulation only)",
             "fedaudit.defenses.secure_aggregation:SecureAggregation",
         ),
+        "censor": (
+            "leaves out the client's most unique examples and audits those that stay again",
+            "fedaudit.defenses.censor:Censor",
+        ),
+        "larger-batch": (
+            "steps on several times as many examples",
+            "fedaudit.defenses.larger_batch:LargerBatch",
+        ),
     },
     joined_by="fedaudit.defenses.chain:chain",
 )
-WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive"})
-"""Defenses that protect by how a local step is released."""
+WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive", "censor", "larger-batch"})
+"""Defenses of a local step: of its examples or its release; all others change the finished update."""
 SUMS_ONLY = frozenset({"secure-aggregation"})
 """Defenses that change no update and hide single ones from the server."""
 AT_SERVER = frozenset({"central-dp"})

@@ -6,7 +6,7 @@ seed, an oracle in simulation, can say which examples a client used without trai
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from fedaudit.defenses.base import Defense
+from fedaudit.defenses.base import Defense, trained_with
 from fedaudit.defenses.none import NoDefense
 from fedaudit.types import Loss, StepRelease
 
@@ -82,6 +82,13 @@ class TrainResult:
     loss: float
     steps: int
     examples_seen: int
+
+
+def under_defense(settings: TrainSettings, defense: Defense) -> TrainSettings:
+    """The settings that clients train with, given those configured: a defense may change batches and lr."""
+    configured = settings.batch_size, settings.lr
+    used = trained_with(defense, *configured)
+    return settings if used == configured else replace(settings, batch_size=used[0], lr=used[1])
 
 
 def steps_per_round(num_examples: int, settings: TrainSettings) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -170,3 +171,67 @@ class CentralDefense(Defense, Protocol):
     def central_plan(self, clients: int, cohort: int) -> "CentralPlan":
         """What the server does in a federation of so many clients, `cohort` of which are asked in a round."""
         ...
+
+
+@runtime_checkable
+class ChangesTraining(Protocol):
+    """A defense that changes how clients train, in a way that everybody is told in advance."""
+
+    def training(self, batch_size: int, lr: float) -> tuple[int, float]:
+        """Batch size and learning rate in place of those configured."""
+        ...
+
+
+@runtime_checkable
+class RemovesExamples(Protocol):
+    """A defense that leaves out the most unique of a client's examples.
+
+    It says how many; `fedaudit.censorship` audits and chooses. How many are left follows from the number of
+    examples alone, so that steps, accounting and weights do not depend on who is left.
+
+    Attributes:
+        name: the registered name.
+        permanent: whether a client chooses once, by rehearsal, instead of at every round's weights.
+        rehearsal: rounds of a rehearsal.
+        ridge_share: ridge of the audit as a share of the gradients' mean squared norm.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def permanent(self) -> bool: ...
+
+    @property
+    def rehearsal(self) -> int: ...
+
+    @property
+    def ridge_share(self) -> float: ...
+
+    def removals(self, num_examples: int) -> tuple[int, ...]:
+        """How many of so many examples are removed in each pass; empty if none."""
+        ...
+
+
+def parts_of(defense: Defense) -> tuple[Defense, ...]:
+    """The parts of a chain in their order, or the defense itself."""
+    parts: tuple[Defense, ...] = getattr(defense, "parts", (defense,))
+    return parts
+
+
+def removing(defense: Defense) -> RemovesExamples | None:
+    """The part of a defense that leaves examples out, if there is one."""
+    return next((part for part in parts_of(defense) if isinstance(part, RemovesExamples)), None)
+
+
+def trained_with(defense: Defense, batch_size: int, lr: float) -> tuple[int, float]:
+    """Batch size and learning rate that clients train with under a defense, given those configured."""
+    for part in parts_of(defense):
+        if _changes_training(type(part)):
+            batch_size, lr = cast(ChangesTraining, part).training(batch_size, lr)
+    return batch_size, lr
+
+
+@cache
+def _changes_training(kind: type) -> bool:
+    return issubclass(kind, ChangesTraining)

@@ -16,7 +16,7 @@ from fedaudit.claims import (
     QuantizationLevels,
     Sparsity,
 )
-from fedaudit.defenses.base import BudgetedByRound, CentralDefense, Defense, adaptive
+from fedaudit.defenses.base import BudgetedByRound, CentralDefense, Defense, RemovesExamples, adaptive
 from fedaudit.defenses.plain_steps import PlainSteps
 from fedaudit.defenses.secure_aggregation import SecureAggregation
 from fedaudit.types import Guarantee, StepRelease
@@ -39,8 +39,9 @@ class Chain:
         parts: the defenses, two or more.
 
     Raises:
-        ValueError: for fewer than two parts, two that account for privacy, steps that do not come first, or
-            secure aggregation or a defense of the aggregate that does not come last.
+        ValueError: for fewer than two parts, two that account for privacy, two that remove examples, one that
+            does and one that protects examples in its steps, steps that do not come first, or secure
+            aggregation or a defense of the aggregate that does not come last.
     """
 
     parts: tuple[Defense, ...]
@@ -56,6 +57,7 @@ class Chain:
         changing = [part.name for part in self.parts if adaptive(part)]
         if changing:
             raise ValueError(f"a defense whose steps differ between rounds stands alone, got {changing[0]}")
+        _check_removal(self.parts)
         late = [part.name for part in self.parts[1:] if not isinstance(part, PlainSteps)]
         if late:
             raise ValueError(
@@ -177,6 +179,19 @@ def _survives(claim: Claim, later: Sequence[Claim]) -> bool:
     if isinstance(claim, Sparsity):
         return not noised
     return isinstance(claim, QuantizationLevels) and all(isinstance(other, Sparsity) for other in later)
+
+
+def _check_removal(parts: Sequence[Defense]) -> None:
+    """Refuse to choose examples twice, or to choose them under a guarantee that is about single examples."""
+    removing = [part.name for part in parts if isinstance(part, RemovesExamples)]
+    if len(removing) > 1:
+        raise ValueError(f"one part of a chain removes examples, got {' and '.join(removing)}: keep one")
+    private = [part.name for part in parts if not isinstance(part, PlainSteps)]
+    if removing and private:
+        raise ValueError(
+            f"{removing[0]} voids the guarantee of {private[0]}, as one example more or less changes which "
+            "others are kept: use one of them"
+        )
 
 
 def _accounts(part: Defense) -> bool:

@@ -29,7 +29,7 @@ from fedaudit.records import Run, load_run
 from fedaudit.registry import DEFENSES
 from fedaudit.round_release import release_behind
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, steps_per_round
+from fedaudit.training import TrainSettings, steps_per_round, under_defense
 from fedaudit.types import ClientUpdate, StepRelease
 from fedaudit.verification.central_rounds import CentralRounds
 from fedaudit.verification.derive import Claiming, Unstated, step_claims, strategy_claims
@@ -71,6 +71,7 @@ class RecordedRun:
         if not recorded:
             raise RecordError(f"{self.run.path} has no run.toml to take claims from: start the run anew")
         self.config = RunConfig.from_flat(recorded)
+        self.defense: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
         self.files: dict[int, list[Path]] = defaultdict(list)
         for path in sorted((self.run.path / "updates").glob("round-*.safetensors")):
             self.files[int(path.name.split("-")[1])].append(path)
@@ -102,10 +103,10 @@ class RecordedRun:
         return load_file(path) if path.exists() else None
 
     def settings(self, round_number: int) -> TrainSettings:
-        """Local training in a round, as the configuration has it."""
+        """Local training in a round, as configuration and defense have it."""
         train, strategy = self.config.train, parse_spec(self.config.strategy.name)
         mu = strategy.options.get("proximal-mu", 0.0)
-        return TrainSettings(
+        configured = TrainSettings(
             optimizer=train.optimizer,
             lr=train.lr * train.lr_decay ** (round_number - 1),
             momentum=train.momentum,
@@ -115,11 +116,13 @@ class RecordedRun:
             local_steps=train.local_steps,
             proximal_mu=float(mu) if isinstance(mu, (int, float)) else 0.0,
         )
+        return under_defense(configured, self.defense)
 
     def release(self, defense: Defense, num_examples: int) -> StepRelease:
         """What one local step makes visible."""
-        planned = steps_per_round(num_examples, self.settings(1)) * self.config.federation.rounds
-        return defense.release(num_examples, self.config.train.batch_size, planned)
+        settings = self.settings(1)
+        planned = steps_per_round(num_examples, settings) * self.config.federation.rounds
+        return defense.release(num_examples, settings.batch_size, planned)
 
     def epsilon_claims(self) -> dict[tuple[int, int], tuple[float, float, str, str, int]]:
         """By (round, client): epsilon, delta, unit, accountant as stated, and rounds taken part in so far."""
@@ -161,7 +164,7 @@ def verify_run(
     """
     recorded = RecordedRun(folder)
     config = recorded.config
-    defense: Defense = DEFENSES.build(parse_spec(config.defense.name))
+    defense = recorded.defense
     if isinstance(defense, BudgetedByRound):
         defense = defense.over_rounds(config.federation.rounds)
     general = strategy_claims(

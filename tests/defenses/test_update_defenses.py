@@ -10,8 +10,10 @@ from torch import Generator, nn
 from fedaudit.accounting import Ledger, epsilon
 from fedaudit.claims import GaussianNoise, QuantizationLevels, Sparsity
 from fedaudit.defenses.base import BudgetedByRound, Defense
+from fedaudit.defenses.censor import Censor
 from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.gaussian import GaussianUpdate, clip_update
+from fedaudit.defenses.larger_batch import LargerBatch
 from fedaudit.defenses.none import NoDefense
 from fedaudit.defenses.quantize import Quantize, Sign
 from fedaudit.defenses.sparsify import RandomSparsify, TopK
@@ -94,7 +96,7 @@ def test_a_guarantee_travels_with_delta_unit_and_accountant_or_there_is_none(spe
         assert guarantee is None and ledger == Ledger()
 
 
-@pytest.mark.parametrize("defense", [NoDefense(), DPSGD()], ids=lambda d: d.name)
+@pytest.mark.parametrize("defense", [NoDefense(), DPSGD(), Censor(), LargerBatch()], ids=lambda d: d.name)
 def test_a_defense_of_steps_sends_the_weights_it_trained_to_the_last_bit(defense):
     before = {**update(), "1.count": torch.tensor(3)}
     after = {**update(seed=1), "1.count": torch.tensor(5)}
