@@ -306,7 +306,7 @@ DEFENSES = Registry(
     joined_by="fedaudit.defenses.chain:chain",
 )
 WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive", "censor", "larger-batch"})
-"""Defenses of a local step: of its examples or its release; all others change the finished update."""
+"""Defenses of a local step: of its examples or of its release."""
 SUMS_ONLY = frozenset({"secure-aggregation"})
 """Defenses that change no update and hide single ones from the server."""
 AT_SERVER = frozenset({"central-dp"})
