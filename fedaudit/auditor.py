@@ -232,9 +232,9 @@ class Auditor:
             logger.warning("the claims of round %d could not be tested: %s", round_number, error)
             rows.add("verify", "1", self.verifier.observer, error, time.perf_counter() - started, None)
         seconds = (time.perf_counter() - started) / max(1, len(found))
-        nodes = {update.client_id: update.node_id for update in ordered}
+        nodes: dict[int | None, int] = {update.client_id: update.node_id for update in ordered}
         for finding in found:
-            rows.claim(finding, None if finding.client_id is None else nodes[finding.client_id], seconds)
+            rows.claim(finding, nodes.get(finding.client_id), seconds)
         self._warn(found)
         self.add(round_number, rows.records)
         bad = next((row for row in rows.records if row.status in ("violated", "failed")), None)

@@ -16,7 +16,7 @@ def epsilon_of(claim: EpsilonClaim, noise_scale: float = 1.0) -> float:
     >>> steps = ((1.0, 0.01, 500), (2.0, 0.01, 500))
     >>> claim = EpsilonClaim(2.0, 1e-5, "example", "rdp-filter", 2.0, history=steps, orders=(8.0, 16.0))
     >>> round(epsilon_of(claim), 2), epsilon_of(claim, 0.5) > 4
-    (1.69, True)
+    (1.82, True)
     """
     scaled = tuple((noise * noise_scale, rate, steps) for noise, rate, steps in claim.entries)
     if not all(noise > 1e-3 for noise, _, _ in scaled):
