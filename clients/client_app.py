@@ -10,9 +10,9 @@ from flwr.clientapp import ClientApp
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
 from fedaudit.defenses.chain import central
-from fedaudit.errors import ConfigError
+from fedaudit.errors import BudgetExhaustedError, ConfigError
 from fedaudit.flower.arrays import copy_into, from_state_dict, to_state_dict
-from fedaudit.flower.messages import LEAKAGE, MEASURE_PREFIX, encode_finding, reply
+from fedaudit.flower.messages import LEAKAGE, MEASURE_PREFIX, decline, encode_finding, reply
 from fedaudit.round_release import stated_release
 from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally, weights_to_send
 
@@ -24,7 +24,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round of local training."""
+    """One round of local training; a client whose budget does not allow it declines."""
     made, client = _whoami(context)
     config: dict[str, Any] = dict(message.content.config_records["config"].items())
     round_number = int(config["server-round"])
@@ -35,7 +35,10 @@ def train(message: Message, context: Context) -> Message:
     steps = steps_per_round(len(y), settings)
     ledger = _ledger(context)
     release = made.release_in_round(len(y), round_number, ledger, _number(config.get(LEAKAGE)))
-    ledger = made.defense.charge(ledger, release, steps, len(y))
+    try:
+        ledger = made.defense.charge(ledger, release, steps, len(y))
+    except BudgetExhaustedError as spent:  # not a failure: the round goes on without this client
+        return decline(message, str(spent))
 
     model = made.worker_model()
     weights = model.state_dict()  # the model's own tensors, before and after training

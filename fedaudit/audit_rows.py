@@ -4,10 +4,18 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedaudit import claims
 from fedaudit.records import AuditRecord, Status
-from fedaudit.types import ClientUpdate, Estimate, Guarantee, Skip
+from fedaudit.types import STATED, ClientUpdate, Estimate, Guarantee, Skip, StepRelease
 
 Finding = Estimate | Skip | Exception
+NOISE_MULTIPLIER = "noise-multiplier"
+"""Quantity of a client's noise over its clip norm, where a defense changes it between rounds."""
+_VERDICTS: dict[claims.Verdict, Status] = {
+    claims.HOLDS: "ok",
+    claims.VIOLATED: "violated",
+    claims.UNCHECKED: "skipped",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class AuditRows:
         )
 
     def reported(self, update: ClientUpdate) -> None:
-        """What a client reports with its update: its loss and its epsilon."""
+        """What a client reports with its update: its loss, its epsilon, and its noise where that changes."""
         if "train-loss" in update.reported:
             loss = update.reported["train-loss"]
             self._row(update.client_id, update.node_id, "train-loss", "nats", value=loss, observer="client")
@@ -86,6 +94,36 @@ class AuditRows:
                 kind="upper",
                 observer="client",
             )
+        release = StepRelease.stated(update.reported)
+        if release is not None and release.clip_norm:
+            said = {name: update.reported[name] for name in (*STATED, "steps") if name in update.reported}
+            self._row(
+                update.client_id,
+                update.node_id,
+                NOISE_MULTIPLIER,
+                "1",
+                value=release.noise_std / release.clip_norm,
+                observer="client",
+                extra=json.dumps(said, sort_keys=True),
+            )
+
+    def claim(self, found: claims.Finding, node: int | None, seconds: float) -> None:
+        """What a test of a claim found: violated, skipped where the observer cannot check it, else ok."""
+        self._row(
+            found.client_id,
+            node,
+            claims.quantity_of(found.claim),
+            "1",
+            value=found.measured,
+            kind="exact" if found.low is None else "estimate",
+            low=found.low,
+            high=found.high,
+            observer=found.observer,
+            status=_VERDICTS[found.verdict],
+            reason=found.reason,
+            extra=json.dumps({"claim": str(found.claim), "verdict": found.verdict}),
+            seconds=seconds,
+        )
 
     def client_finding(self, found: ClientFinding, unit: str) -> None:
         """What a client measured about itself."""

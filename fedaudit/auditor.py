@@ -4,6 +4,7 @@ A measure runs where its needs are known; otherwise it becomes a skipped row wit
 becomes a failed row and the federation goes on; `strict` turns either into an error.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from fedaudit import claims
 from fedaudit.attack_trigger import Trigger
 from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
 from fedaudit.errors import ConfigError, RunFailedError
@@ -35,6 +38,7 @@ from fedaudit.types import (
     RoundContext,
     Skip,
 )
+from fedaudit.verification.live import Claimed, LiveVerifier
 
 logger = logging.getLogger(__name__)
 ALWAYS_ON = "cohort-gradient-uniqueness, update-norm, update-cosine"
@@ -85,13 +89,16 @@ class Auditor:
         defense: the defense in force, for the records.
         every: audit every this many rounds; the first and `last_round` always.
         last_round: the federation's last round; 0 if unknown.
-        strict: raise on a skipped or failed measure instead of recording it alone.
+        strict: raise on a skipped or failed measure, and on a violated claim, instead of recording it alone.
         save_images: keep originals and reconstructions of attacks under `output`/attacks.
         save_updates: keep the updates of audited rounds under `output`/updates as safetensors.
+        verify: what updates and aggregates are claimed to keep, tested in every audited round: claims of
+            every round (`fedaudit.claims`, `fedaudit.verification.derive`), a function of the round's number
+            that returns them, or a `LiveVerifier`; none by default. Findings are rows "verify.*".
 
     Raises:
         ConfigError: if a spec does not name a registered part or has a wrong option.
-        RunFailedError: in a strict audit, when a measure or attack was skipped or failed.
+        RunFailedError: in a strict audit, when a measure or attack was skipped or failed or a claim violated.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class Auditor:
         strict: bool = False,
         save_images: bool = False,
         save_updates: bool = False,
+        verify: Claimed | LiveVerifier | None = None,
     ) -> None:
         self.log = AuditLog(output) if output is not None else None
         self.run_id = self.log.run_id if self.log else "memory"
@@ -133,6 +141,9 @@ class Auditor:
         self.strict = strict
         self.save_images = save_images
         self.save_updates = save_updates
+        self.verifier = (
+            verify if isinstance(verify, LiveVerifier) else LiveVerifier(verify) if verify else None
+        )
         self._guarantees: Mapping[int, Guarantee] = {}
         self._round = 0
         self._held = self._unwritten = False
@@ -193,6 +204,69 @@ class Auditor:
             )
         return rows.records
 
+    def check_claims(
+        self,
+        round_number: int,
+        updates: Sequence[ClientUpdate],
+        *,
+        broadcast: Mapping[str, Tensor] | None = None,
+        aggregate: Mapping[str, Tensor] | None = None,
+        clip_norms: tuple[float, float] | None = None,
+    ) -> list[claims.Finding]:
+        """Test what is claimed of a round that `audit` has seen; one row per finding is added to it.
+
+        A violated claim is announced by a warning. Whatever goes wrong becomes a failed row.
+
+        Args:
+            round_number: server round.
+            updates: what was received.
+            broadcast: the weights that were sent; the first update's `before` if left out.
+            aggregate: the weights after the round; None if unknown.
+            clip_norms: clip norm applied in this round and the one of the next, where a server changes it.
+
+        Returns:
+            The findings; none without claims, without updates, or in a round that is not audited.
+
+        Raises:
+            RunFailedError: in a strict audit, if a claim is violated or could not be tested for an error.
+        """
+        if self.verifier is None or not updates:
+            return []
+        ordered = sorted(updates, key=lambda update: update.client_id)
+        rows = AuditRows(self.run_id, round_number, self.defense, dict(self._guarantees))
+        found: list[claims.Finding] = []
+        started = time.perf_counter()
+        try:
+            self.verifier.hear(ordered, self._guarantees)
+            if self.due(round_number):
+                found = self.verifier.check(ordered, aggregate, broadcast, clip_norms)
+        except Exception as error:
+            logger.warning("the claims of round %d could not be tested: %s", round_number, error)
+            rows.add("verify", "1", self.verifier.observer, error, time.perf_counter() - started, None)
+        seconds = (time.perf_counter() - started) / max(1, len(found))
+        nodes: dict[int | None, int] = {update.client_id: update.node_id for update in ordered}
+        for finding in found:
+            rows.claim(finding, nodes.get(finding.client_id), seconds)
+        self._warn(found)
+        self.add(round_number, rows.records)
+        bad = next((row for row in rows.records if row.status in ("violated", "failed")), None)
+        if self.strict and bad is not None:
+            raise RunFailedError(
+                f"a strict audit stops on a claim that does not hold, got {bad.quantity} {bad.status} "
+                f"in round {round_number}: {bad.reason}"
+            )
+        return found
+
+    def _warn(self, found: Sequence[claims.Finding]) -> None:
+        """One line for every kind of claim that is violated in a round."""
+        violated: dict[str, list[claims.Finding]] = {}
+        for finding in found:
+            if finding.verdict == claims.VIOLATED:
+                violated.setdefault(claims.quantity_of(finding.claim), []).append(finding)
+        for findings in violated.values():
+            more = f", and {len(findings) - 1} more findings" if len(findings) > 1 else ""
+            logger.warning("claim violated %s%s", findings[0], more)
+
     def add(self, round_number: int, records: Sequence[AuditRecord]) -> None:
         """Append rows to a round and write its file again, unless files are held."""
         self._start(round_number)
@@ -221,16 +295,20 @@ class Auditor:
             self._held = False
             self.flush()
 
-    def note(self, round_number: int, quantity: str, value: float, unit: str, kind: str = "exact") -> None:
+    def note(
+        self,
+        round_number: int,
+        quantity: str,
+        value: float,
+        unit: str,
+        kind: str = "exact",
+        extra: Mapping[str, float] | None = None,
+    ) -> None:
         """Append one quantity of the whole round, such as accuracy."""
-        self.add(
-            round_number,
-            [
-                AuditRecord(
-                    self.run_id, round_number, None, quantity, value, unit, kind, "server", self.defense
-                )
-            ],
+        row = AuditRecord(
+            self.run_id, round_number, None, quantity, value, unit, kind, "server", self.defense
         )
+        self.add(round_number, [replace(row, extra=json.dumps(extra)) if extra else row])
 
     def _start(self, round_number: int) -> None:
         if round_number != self._round:

@@ -6,6 +6,7 @@ and a description on paper. `fedaudit.verification` tests claims; it never reads
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -178,21 +179,28 @@ class EpsilonClaim:
         epsilon: the privacy loss bound that is stated.
         delta: the probability it is stated at.
         unit: whose presence is protected.
-        accountant: "rdp", "prv" or "pld" for sampled steps; "analytic" for Gaussian releases, unsampled.
+        accountant: "rdp", "prv" or "pld" for sampled steps; "rdp-filter" where their noise depends on earlier
+            releases; "analytic" for Gaussian releases, unsampled.
         noise_multiplier: noise standard deviation over the sensitivity.
         sample_rate: with which an example (or client) enters a release.
         steps: releases composed.
         on: the release whose measured noise the epsilon stands on.
+        history: all steps as (noise multiplier, sample rate, steps), where they differ; empty if they do not.
+        orders: Rényi orders of an "rdp-filter", fixed before the first step.
+        shares: of delta, one per order; none means equal shares.
     """
 
     epsilon: float
     delta: float
     unit: Literal["example", "client"]
-    accountant: Literal["rdp", "prv", "pld", "analytic"]
+    accountant: Literal["rdp", "prv", "pld", "analytic", "rdp-filter"]
     noise_multiplier: float
     sample_rate: float = 1.0
     steps: int = 1
     on: Release = "update"
+    history: tuple[tuple[float, float, int], ...] = ()
+    orders: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _positive("epsilon", self.epsilon)
@@ -206,6 +214,15 @@ class EpsilonClaim:
             raise ValueError(
                 f"accountant 'analytic' knows no sampling, got sample_rate={self.sample_rate}: use pld"
             )
+        if self.accountant == "analytic" and self.history:
+            raise ValueError("accountant 'analytic' composes equal releases, got a history: use rdp")
+        if self.accountant == "rdp-filter" and not self.orders:
+            raise ValueError("accountant 'rdp-filter' fixes its orders in advance, got none: state them")
+
+    @property
+    def entries(self) -> tuple[tuple[float, float, int], ...]:
+        """All steps as (noise multiplier, sample rate, steps)."""
+        return self.history or ((self.noise_multiplier, self.sample_rate, self.steps),)
 
     def __str__(self) -> str:
         return f"({self.epsilon:.4g}, {self.delta:.1e})-DP per {self.unit} [{self.accountant}]"
@@ -288,6 +305,18 @@ Claim = (
     | AdaptiveClipping
     | NothingBeside
 )
+
+VERIFY = "verify."
+"""Start of the names of quantities that tests of claims are recorded under."""
+
+
+def quantity_of(claim: Claim) -> str:
+    """The name that findings about a claim of this kind are recorded under.
+
+    >>> quantity_of(ClipNorm(0.5))
+    'verify.clip-norm'
+    """
+    return VERIFY + re.sub(r"(?<!^)(?=[A-Z])", "-", type(claim).__name__).lower()
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,7 @@ class AuditConfig(Section):
     every: int = Field(1, ge=1, description="audit every this many rounds, the first and the last always")
     strict: bool = Field(False, description="stop on a skipped or failed measure")
     save_updates: bool = Field(False, description="keep raw updates of audited rounds as safetensors")
+    verify: bool = Field(False, description="test what defense and strategy claim in every audited round")
 
     @property
     def observer_names(self) -> tuple[Observer, ...]:

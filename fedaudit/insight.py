@@ -1,4 +1,4 @@
-"""What an oracle adds to a recorded run: the clients' batches, and updates of one step without noise."""
+"""What an oracle adds to a run: the clients' batches, and updates of one step without noise."""
 
 from collections.abc import Mapping
 
@@ -9,19 +9,19 @@ from fedaudit.app import Setup, setup, summed_cross_entropy
 from fedaudit.measures.ghost_kernels import example_gradients
 from fedaudit.training import steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
-from fedaudit.verification.recorded import Insight, RecordedRun
+from fedaudit.verification.configured import ConfiguredClaims, Insight
 
 
-def insight(recorded: RecordedRun) -> Insight:
+def insight(claims: ConfiguredClaims) -> Insight:
     """Rebuild the federation of a run from its configuration; simulation only.
 
     Raises:
         DataError: if the data is not there any more.
     """
-    made = setup(recorded.config.flat())
+    made = setup(claims.config.flat())
 
     def noise_free(update: ClientUpdate, release: StepRelease) -> Mapping[str, Tensor] | None:
-        settings = recorded.settings(update.round)
+        settings = claims.settings(update.round)
         linear = settings.optimizer == "sgd" and not settings.weight_decay
         if not release.clip_norm or not linear or steps_per_round(update.num_examples, settings) != 1:
             return None  # after one noised step the gradients depend on the noise

@@ -30,6 +30,7 @@ def save_update(folder: Path, update: ClientUpdate) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"before/{name}": tensor.contiguous() for name, tensor in update.before.items()}
     tensors |= {f"delta/{name}": tensor.contiguous() for name, tensor in update.delta.items()}
+    tensors |= {f"integer/{name}": tensor.contiguous() for name, tensor in update.integers.items()}
     said = {
         "client_id": update.client_id,
         "node_id": update.node_id,
@@ -39,6 +40,7 @@ def save_update(folder: Path, update: ClientUpdate) -> None:
         "summed": list(update.summed),
         "before": list(update.before),  # safetensors sorts names
         "delta": list(update.delta),
+        "integers": list(update.integers),
     }
     path = update_file(folder, update.round, update.client_id)
     if update.summed:
@@ -59,11 +61,12 @@ def load_update(path: Path) -> ClientUpdate:
             said = json.loads(file.metadata()[_UPDATE])
             before = {name: file.get_tensor(f"before/{name}") for name in said["before"]}
             delta = {name: file.get_tensor(f"delta/{name}") for name in said["delta"]}
+            integers = {name: file.get_tensor(f"integer/{name}") for name in said.get("integers", ())}
         fields = {name: said[name] for name in ("client_id", "node_id", "round", "num_examples", "reported")}
         fields["summed"] = tuple(said.get("summed", ()))  # files of earlier versions lack it
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"a kept update is read from {path}, got {error}: record it again") from error
-    return ClientUpdate(before=before, delta=delta, **fields)
+    return ClientUpdate(before=before, delta=delta, integers=integers, **fields)
 
 
 def save_images(

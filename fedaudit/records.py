@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 _VERSION_KEY = "fedaudit-schema"
-Status = Literal["ok", "skipped", "failed", "rejected"]
+Status = Literal["ok", "skipped", "failed", "rejected", "violated"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class AuditRecord:
         node_id: the node that replied; None for a quantity of the whole round.
         quantity: what was measured, e.g. "update-norm", "accuracy", "dlg.psnr", "epsilon"; a layer's share
             of a measure is "<measure>.layer".
-        value: the number; None unless status is "ok".
+        value: the number; None where there is none. Only the row of a tested claim ("verify.*") can hold
+            one without being ok, or be ok without one.
         unit: unit of value, low and high.
         kind: exact, estimate, lower or upper.
         low: lower end of an interval.
@@ -55,8 +56,8 @@ class AuditRecord:
         privacy_unit: "example" or "client": whose presence is protected.
         accountant: how epsilon was composed.
         seconds: time the number cost.
-        status: ok, skipped, failed or rejected.
-        reason: why, unless ok.
+        status: ok, skipped, failed, rejected, or violated: of a claim that was tested and does not hold.
+        reason: why, unless ok; of a tested claim the evidence.
         extra: settings and side results as JSON.
         layer: module name, for "<measure>.layer" rows only.
     """

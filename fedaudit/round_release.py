@@ -1,16 +1,12 @@
 """A release that differs between rounds: planned for a run, stated by the client, and what must drive it."""
 
-import math
-
 from fedaudit.config import AuditConfig
 from fedaudit.defenses.base import Defense, RunPlan, adaptive
 from fedaudit.errors import ConfigError
 from fedaudit.registry import MEASURES
 from fedaudit.spec import parse_specs
 from fedaudit.training import TrainSettings, steps_per_round
-from fedaudit.types import ClientUpdate, StepRelease
-
-_STATED = ("clip-norm", "noise-std", "sample-rate")
+from fedaudit.types import STATED, ClientUpdate, StepRelease
 
 
 def plan(defense: Defense, settings: TrainSettings, rounds: int) -> Defense:
@@ -25,17 +21,12 @@ def stated_release(defense: Defense, release: StepRelease) -> dict[str, float]:
     """What a client says of this round's release beside its update, if rounds differ; else nothing."""
     if adaptive(defense) is None or release.clip_norm is None:
         return {}
-    return dict(zip(_STATED, (release.clip_norm, release.noise_std, release.sample_rate), strict=True))
+    return dict(zip(STATED, (release.clip_norm, release.noise_std, release.sample_rate), strict=True))
 
 
 def release_behind(defense: Defense, update: ClientUpdate) -> StepRelease | None:
     """The release that a client states; None if it states none, need not, or states what cannot be."""
-    if adaptive(defense) is None:
-        return None
-    said = [update.reported.get(name, math.nan) for name in _STATED]
-    clip_norm, noise_std, sample_rate = said
-    possible = all(map(math.isfinite, said)) and min(said) > 0 and sample_rate <= 1
-    return StepRelease(clip_norm, noise_std, sample_rate) if possible else None
+    return StepRelease.stated(update.reported) if adaptive(defense) is not None else None
 
 
 def check_signal(defense: Defense, audit: AuditConfig) -> None:

@@ -13,6 +13,8 @@ from fedaudit.needs import Needs
 
 Observer = Literal["server", "client", "oracle"]
 Kind = Literal["exact", "estimate", "lower", "upper"]
+STATED = ("clip-norm", "noise-std", "sample-rate")
+"""Names of the scalars by which a client states its release, where that differs between rounds."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -50,6 +52,17 @@ class StepRelease:
     noise_std: float
     sample_rate: float
 
+    @classmethod
+    def stated(cls, reported: Mapping[str, float]) -> "StepRelease | None":
+        """The release that a client's scalars state; None if they state none, or one that cannot be.
+
+        >>> StepRelease.stated({"clip-norm": 1.0, "noise-std": 0.5, "sample-rate": 0.1})
+        StepRelease(clip_norm=1.0, noise_std=0.5, sample_rate=0.1)
+        """
+        said = [reported.get(name, math.nan) for name in STATED]
+        possible = all(map(math.isfinite, said)) and min(said) > 0 and said[-1] <= 1
+        return cls(*said) if possible else None
+
 
 @dataclass(frozen=True, eq=False)
 class ClientUpdate:
@@ -65,6 +78,8 @@ class ClientUpdate:
         delta: returned minus broadcast, by name, for floating-point entries.
         num_examples: number of local examples the client states.
         reported: scalars the client reported beside its update.
+        integers: what came back of the integer entries that were sent (counters of batches), by name; they
+            are no part of the update, and of those left out nobody knows what the client sent.
     """
 
     client_id: int
@@ -75,6 +90,7 @@ class ClientUpdate:
     reported: Mapping[str, float] = field(default_factory=dict)
     node_id: int = 0
     summed: tuple[int, ...] = ()
+    integers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def flat(self) -> Tensor:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedaudit.claims import VERIFY
 from fedaudit.progress import Event, listen
 from fedaudit.records import AuditRecord
 
@@ -87,6 +88,8 @@ class Watch(AbstractContextManager["Watch"]):
         """Each kind of problem when it first occurs; the line of the round counts the rest."""
         for record in records:
             kind = (record.quantity, record.observer, record.status)
+            if record.quantity.startswith(VERIFY) and record.status == "skipped":
+                continue  # that an observer cannot check a claim is no problem of the round
             if record.status != "ok" and kind not in self._told:
                 self._told.add(kind)
                 who = "" if record.client_id is None else f" of client {record.client_id}"
@@ -136,8 +139,9 @@ def line(round_number: int, rounds: int, detail: Mapping[str, Any], width: int =
         ]
         if values:
             pieces.append(template.format(max(values) if quantity == "epsilon" else fmean(values)))
-    for status in ("rejected", "failed", "skipped"):
-        count = sum(record.status == status for record in records)
+    measured = [record for record in records if not record.quantity.startswith(VERIFY)]
+    for status in ("violated", "rejected", "failed", "skipped"):
+        count = sum(record.status == status for record in (records if status == "violated" else measured))
         if count:
             pieces.append(f"{count} {status}")
     rows, indent = [pieces[0]], " " * len(pieces[0])

@@ -1,6 +1,7 @@
 """Central differential privacy around the strategy, where the run's defense acts on the aggregate."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 
 from flwr.serverapp.strategy import Strategy
@@ -12,6 +13,7 @@ from fedaudit.defenses.central_dp import ADVERSARY, CentralPlan
 from fedaudit.defenses.chain import central
 from fedaudit.flower.central_dp import CentralDP, CentralRound
 from fedaudit.records import AuditRecord
+from fedaudit.verification.configured import ConfiguredClaims
 
 EPSILON = "epsilon"
 
@@ -88,6 +90,8 @@ def _record(auditor: Auditor, done: CentralRound) -> None:
         extra=json.dumps(extra, sort_keys=True),
     )
     auditor.add(done.round, [row])
+    if auditor.verifier is not None and isinstance(auditor.verifier.claims, ConfiguredClaims):
+        auditor.verifier.claims.hear_release(asdict(row))
 
 
 def _record_hold(auditor: Auditor, round_number: int, reason: str) -> None:

@@ -17,12 +17,15 @@ from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.flower.arrays import copy_into, from_state_dict, numpy_arrays
 from fedaudit.flower.messages import LEAKAGE
 from fedaudit.flower.strategy import AuditStrategy
+from fedaudit.insight import insight
 from fedaudit.leakage_signal import LeakageSignal
 from fedaudit.progress import announce
 from fedaudit.records import load_run
 from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
+from fedaudit.verification import LiveVerifier
+from fedaudit.verification.configured import ConfiguredClaims
 
 from . import checkpoint
 from .central import inner_fraction, protected
@@ -74,6 +77,7 @@ def main(grid: Grid, context: Context) -> None:
         strict=config.audit.strict,
         save_images=config.attack.save_images,
         save_updates=config.audit.save_updates,
+        verify=_verifier(made, simulated),
     )
     inner = build_strategy(
         config.strategy.name,
@@ -205,9 +209,22 @@ def _resume(
     grid.restore_node_states(start.nodes)
     if auditor.log:
         auditor.log.drop_rounds_after(start.round)
+    records = load_run(folder).records
     if signal is not None:
-        signal.recall(load_run(folder).records)
+        signal.recall(records)
+    if auditor.verifier is not None:
+        auditor.verifier.recall(records)
     return start
+
+
+def _verifier(made: Setup, simulated: bool) -> LiveVerifier | None:
+    """What tests the claims of the run's defense and strategy, by the observer that sees most."""
+    if not made.config.audit.verify:
+        return None
+    oracle = simulated and "oracle" in made.config.audit.observer_names
+    config = made.config.with_(federation__clients=made.clients)
+    claims = ConfiguredClaims(config, insight if oracle else None)
+    return LiveVerifier(claims, observer="oracle" if oracle else "server")
 
 
 def _signal(made: Setup) -> LeakageSignal | None:

@@ -61,6 +61,7 @@ OUTSIDE: dict[str, list[tuple[Any, str]] | None] = {
     "audit.every": [(0, "greater than or equal to 1")],
     "audit.strict": None,
     "audit.save-updates": None,
+    "audit.verify": None,
     "attack.names": [("brute", "no attack is named")],
     "attack.rounds": [("1;2", "whole numbers separated by commas"), ("", "whole numbers"), ("-1", "whole")],
     "attack.clients": [(0, "greater than or equal to 1")],

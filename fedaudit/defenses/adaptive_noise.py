@@ -174,6 +174,14 @@ class LeakageAdaptive:
         filtered = self._divided(num_examples)[0].after(ledger)
         return filtered.spend(release.noise_std / release.clip_norm, release.sample_rate, steps).ledger
 
+    def privacy_filter(self, num_examples: int) -> RenyiFilter:
+        """The filter of a client with this many examples before its first step.
+
+        Raises:
+            ValueError: without a plan.
+        """
+        return self._divided(num_examples)[0]
+
     def guarantee(self, ledger: Ledger, num_examples: int) -> Guarantee:
         """Example-level guarantee for everything in the ledger, whatever its noise depended on.
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedaudit.errors import BadUpdateError
@@ -23,6 +23,9 @@ AUDIT_RECORD = "fedaudit"
 MEASURE_PREFIX = "measure."
 LEAKAGE = "leakage"
 """Key of the train configuration under which a server tells what it measured last, relative to a target."""
+DECLINED = "declined to train: "
+"""Start of the reason of a client that does not train, and says why."""
+_UNKNOWN = 0  # Flower's error code for anything that is not one of its own
 MOST_EXAMPLES = 10_000_000_000
 
 
@@ -51,6 +54,7 @@ def read_reply(
     metrics = _only(content, MetricRecord)
     _check_keys(state, broadcast)
     delta: dict[str, Tensor] = {}
+    integers: dict[str, Tensor] = {}
     for name, sent in broadcast.items():
         got = state[name]
         if got.shape != sent.shape:
@@ -66,6 +70,8 @@ def read_reply(
             if not _finite(difference):
                 raise BadUpdateError(f"an update is finite, got NaN or infinity in {name!r}")
             delta[name] = difference
+        else:
+            integers[name] = got
     node = int(message.metadata.src_node_id)
     return ClientUpdate(
         client_id=client_ids.get(node, node),
@@ -75,6 +81,7 @@ def read_reply(
         delta=delta,
         num_examples=_examples(metrics, weight_key),
         reported=_reported(content, metrics),
+        integers=integers,
     )
 
 
@@ -103,6 +110,11 @@ def reply(
         }
     )
     return Message(content, reply_to=message)
+
+
+def decline(message: Message, why: str) -> Message:
+    """A client's answer that it does not train in this round; to Flower's strategies it has failed."""
+    return Message(Error(code=_UNKNOWN, reason=DECLINED + why), reply_to=message)
 
 
 def encode_finding(finding: Estimate | Skip | Exception, seconds: float) -> str:

@@ -6,9 +6,13 @@
 
 Order matters: AuditStrategy(DP(FedAvg)) sees what clients sent (an honest-but-curious server);
 DP(AuditStrategy(FedAvg)) sees what the DP wrapper made of it.
+
+`Auditor(..., verify=claims)` tests claims in every audited round. What they say of the aggregate is tested on
+what the WRAPPED strategy returns: AuditStrategy goes outside of whatever adds the noise.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -24,6 +28,7 @@ from fedaudit.defenses.secure_aggregation import TooFewClientsError
 from fedaudit.errors import BadUpdateError, ConfigError
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import (
+    DECLINED,
     MEASURE_PREFIX,
     audit_record,
     decode_finding,
@@ -117,7 +122,9 @@ class AuditStrategy(Strategy):
             client = self.client_ids.get(node, node)
             try:
                 if message.has_error():
-                    raise BadUpdateError(f"the client failed: {message.error.reason}")
+                    reason = str(message.error.reason)
+                    declined = reason.startswith(DECLINED)
+                    raise BadUpdateError(f"the client {reason if declined else f'failed: {reason}'}")
                 update = read_reply(
                     message,
                     self._broadcast,
@@ -161,7 +168,30 @@ class AuditStrategy(Strategy):
                 content = _as_one_client(summed, names, self.weight_key)
                 handed_on = [Message(content, reply_to=self._sent[0]), *failures]
         self.auditor.audit(server_round, updates, rejected, findings, guarantees, behind)
-        return self.strategy.aggregate_train(server_round, handed_on)
+        norm = clip_norm(self.strategy)
+        arrays, metrics = self.strategy.aggregate_train(server_round, handed_on)
+        following = clip_norm(self.strategy)
+        norms = (norm, following) if norm is not None and following is not None else None
+        if norms is not None:
+            self.auditor.note(server_round, "clip-norm", norms[0], "1", extra={"next": norms[1]})
+        self.auditor.check_claims(
+            server_round,
+            updates,
+            broadcast=self._broadcast,
+            aggregate=self._after(arrays),
+            clip_norms=norms,
+        )
+        return arrays, metrics
+
+    def _after(self, arrays: ArrayRecord | None) -> Mapping[str, Tensor] | None:
+        """The weights after a round, which stay as they were if it was given up; None if unreadable."""
+        if arrays is None or self.auditor.verifier is None:
+            return self._broadcast
+        try:
+            return to_state_dict(arrays)
+        except Exception as error:  # the federation may know what to do with them
+            logger.warning("the weights after the round cannot be read: %s", error)
+            return None
 
     def _summed(
         self, secure: SecureSum, updates: list[ClientUpdate], rejected: list[Rejection]
@@ -201,6 +231,20 @@ class AuditStrategy(Strategy):
     def start(self, *args: Any, **kwargs: Any) -> Result:
         """Run the federation; records of completed rounds survive whatever ends it."""
         return super().start(*args, **kwargs)
+
+
+def clip_norm(strategy: Strategy) -> float | None:
+    """The clip norm that a strategy, or one it wraps, applies now; None if none of them has one.
+
+    It is read from `clipping_norm`, as Flower's privacy wrappers name it.
+    """
+    layer: object = strategy
+    while isinstance(layer, Strategy):
+        norm = getattr(layer, "clipping_norm", None)
+        if isinstance(norm, (int, float)) and norm > 0 and math.isfinite(norm):
+            return float(norm)
+        layer = getattr(layer, "strategy", None)
+    return None
 
 
 def _usual_metric_keys(replies: Iterable[Message]) -> frozenset[str]:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import pandas as pd
 
+from fedaudit.claims import VERIFY
 from fedaudit.records import Run
 from fedaudit.report.guarantees import WorstEpsilon, worst_epsilon
 from fedaudit.report.seeds import defense_of, defenses_in, distinct_runs, numbers, per_seed, pool
@@ -57,8 +58,17 @@ class Evidence:
 
     @cached_property
     def pooled(self) -> pd.DataFrame:
-        """All records in one frame, those of single layers aside: `seeds.pool`."""
-        return self._all[self._all["layer"].isna()]
+        """All records in one frame, those of single layers and of tested claims aside: `seeds.pool`."""
+        return self._all[self._all["layer"].isna() & ~self._tested]
+
+    @property
+    def _tested(self) -> pd.Series:
+        return self._all["quantity"].astype(str).str.startswith(VERIFY)
+
+    @cached_property
+    def tested(self) -> pd.DataFrame:
+        """The records of tested claims."""
+        return self._all[self._tested]
 
     @cached_property
     def layers(self) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from fedaudit.report.guarantees import NO_GUARANTEE, WorstEpsilon
 from fedaudit.report.quantities import describe
 from fedaudit.report.seeds import quantities_in, shown_observer
 from fedaudit.report.tables import comparison_table, paired_differences
+from fedaudit.report.verification import sentences as claims_told
 
 
 def findings(runs: Runs, baseline: str | None = None) -> list[str]:
@@ -25,11 +26,11 @@ def findings(runs: Runs, baseline: str | None = None) -> list[str]:
     """
     evidence = gather(runs)
     rows = evidence.rows
+    sentences = claims_told(evidence)
     if not len(evidence.pooled):
-        return ["The runs hold no records yet."]
+        return sentences or ["The runs hold no records yet."]
     table = comparison_table(evidence)
     differences = paired_differences(evidence, baseline or evidence.baseline)
-    sentences = []
     if not (differences["quantity"] == "accuracy").any():
         sentences += _accuracies(table)
     for quantity in headline(table):

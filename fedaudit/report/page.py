@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from fedaudit.records import Run, write_text
-from fedaudit.report import markup, template
+from fedaudit.report import markup, template, verification
 from fedaudit.report.attack_section import attack_section
 from fedaudit.report.disclosure import disclosed_by_client
 from fedaudit.report.display import comparison_text, count, interval, number, signed
@@ -60,6 +60,7 @@ def render(runs: Sequence[Run]) -> str:
         "audited": ("What was audited", [markup.facts(audited(evidence.runs))]),
         "findings": ("Key findings", [markup.bullets(findings(evidence))]),
         "comparison": ("Comparison of defenses", _comparison(evidence)),
+        "claims": ("What defense and strategy claim, tested", _claims(evidence)),
         "differences": ("Differences to the baseline, paired by seed", _differences(evidence)),
         "scatter": ("Utility against leakage", _scatter(evidence)),
         "rounds": ("Over rounds", _over_rounds(rows, defenses)),
@@ -106,6 +107,20 @@ def _comparison(evidence: Evidence) -> list[str]:
         "ε is the largest over clients and seeds. In brackets: who observed it."
     )
     return [drawn, markup.paragraph(note, "quiet"), markup.paragraph(template.INTERVALS, "quiet")]
+
+
+def _claims(evidence: Evidence) -> list[str]:
+    table = verification.claims_table(evidence)
+    if not len(table):
+        return []
+    parts = []
+    for defense, mine in table.groupby("defense", sort=False):
+        title = f"{defense}: {verification.totals(mine)}"
+        drawn = markup.table(
+            verification.shown(mine), right=["Measured"], long=["Evidence"], kind="comparison"
+        )
+        parts += [f"<h3>{markup.text(title)}</h3>", drawn]
+    return [*parts, markup.paragraph(verification.MEANING, "quiet")]
 
 
 def _differences(evidence: Evidence) -> list[str]:

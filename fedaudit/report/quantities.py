@@ -282,6 +282,27 @@ _KNOWN = (
         limits="Not a measure of leakage by itself; it falls with noise and with unusual data alike.",
     ),
     Quantity(
+        "noise-multiplier",
+        "Noise multiplier",
+        "update",
+        "mean",
+        0,
+        False,
+        meaning="Standard deviation of a round's noise over its clip norm, as the client states it, where a "
+        "defense changes it between rounds.",
+        limits="Stated by the clients; `audit.verify` and `fedaudit verify` test it against the updates.",
+    ),
+    Quantity(
+        "clip-norm",
+        "Clip norm of the server",
+        "update",
+        "mean",
+        0,
+        False,
+        meaning="The norm that the strategy's privacy wrapper clipped this round's updates to.",
+        limits="As the strategy states it; tests of claims say whether the aggregate shows it.",
+    ),
+    Quantity(
         "*.psnr",
         "reconstruction PSNR",
         "attack",

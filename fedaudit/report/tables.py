@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedaudit.claims import VERIFY
 from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.guarantees import worst_epsilon
 from fedaudit.report.quantities import describe
@@ -207,10 +208,13 @@ def records_summary(records: pd.DataFrame) -> dict[str, Any]:
 
     Returns:
         "rounds" (last one), "records", "status" (counts), "accuracy" (last value and its round, or None),
-        "quantities" (by name and observer: mean, min, max, count, clients, unit, kind), "epsilon" (the worst
-        client's with delta, unit, accountant and client; None without a guarantee) and "seconds".
+        "quantities" (by name and observer: mean, min, max, count, clients, unit, kind), "claims" (how many
+        tests found them to hold, violated, or not to be checked), "epsilon" (the worst client's with delta,
+        unit, accountant and client; None without a guarantee) and "seconds".
     """
-    rows = numbers(records[records["layer"].isna()])
+    tested = records["quantity"].astype(str).str.startswith(VERIFY)
+    rows = numbers(records[records["layer"].isna() & ~tested])
+    verdicts = records.loc[tested, "status"].value_counts()
     accuracy = rows[rows["quantity"] == "accuracy"].sort_values("round", kind="stable")
     quantities: dict[str, dict[str, Any]] = {}
     for quantity in quantities_in(rows):
@@ -223,6 +227,10 @@ def records_summary(records: pd.DataFrame) -> dict[str, Any]:
         "status": {str(name): int(n) for name, n in records["status"].value_counts().sort_index().items()},
         "accuracy": _last(accuracy),
         "quantities": quantities,
+        "claims": {
+            name: int(verdicts.get(status, 0))
+            for name, status in (("holds", "ok"), ("violated", "violated"), ("unchecked", "skipped"))
+        },
         "epsilon": None
         if worst.epsilon is None
         else {

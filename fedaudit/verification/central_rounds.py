@@ -1,8 +1,8 @@
-"""What a defense of the aggregate claims of each recorded round.
+"""What a defense of the aggregate claims of each round.
 
 Divisor, weights, noise multiplier and the clip norm of the first round are those of the configuration; noise
 and sensitivity are worked out here, not asked of the mechanism. The clip norms of later rounds, where they
-adapt, and the stated epsilon are read from the records.
+adapt, and the stated epsilon are read from the rows that releases leave in the records.
 """
 
 import json
@@ -26,7 +26,8 @@ from fedaudit.defenses.base import CentralDefense
 from fedaudit.defenses.central_dp import CentralPlan
 from fedaudit.spec import parse_spec
 from fedaudit.types import Guarantee
-from fedaudit.verification.derive import AVERAGES, Unstated
+from fedaudit.verification.derive import AVERAGES
+from fedaudit.verification.live import Unstated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,39 +82,40 @@ class _Row:
     stated: Guarantee | None
 
 
-@dataclass(frozen=True)
 class CentralRounds:
     """The claims of each round of a run.
 
-    Attributes:
-        plan: mechanism and accounting, as configured.
-        rows: what rounds state, by number.
-        averages: whether the released mean becomes the next weights as it is.
+    Args:
+        defense: the defense; it knows its rounds.
+        config: the configuration of the run.
     """
 
-    plan: CentralPlan
-    rows: Mapping[int, _Row]
-    averages: bool
-
-    @classmethod
-    def of(cls, defense: CentralDefense, config: RunConfig, records: "pd.DataFrame") -> "CentralRounds":
-        """From a defense that knows its rounds, the configuration of the run and its records."""
+    def __init__(self, defense: CentralDefense, config: RunConfig) -> None:
         clients = config.federation.clients
         cohort = max(1, int(clients * config.federation.fraction_train))
+        self.plan: CentralPlan = defense.central_plan(clients, cohort)
+        self.averages = parse_spec(config.strategy.name).name in AVERAGES
+        self._rows: dict[int, _Row] = {}
+
+    def recall(self, records: "pd.DataFrame") -> None:
+        """Take over the releases that a run's records hold."""
         whole = (records["quantity"] == "epsilon") & records["client_id"].isna()
-        stated = records[whole & (records["status"] == "ok")].sort_values("round")
-        rows = {int(row["round"]): _row(row, n) for n, row in enumerate(stated.to_dict("records"), 1)}
-        averages = parse_spec(config.strategy.name).name in AVERAGES
-        return cls(defense.central_plan(clients, cohort), rows, averages)
+        self._rows = {}
+        for row in records[whole & (records["status"] == "ok")].sort_values("round").to_dict("records"):
+            self.hear(row)
+
+    def hear(self, row: Mapping[Any, Any]) -> None:
+        """Take down one release, by the columns of its row; call it once for each, in order."""
+        self._rows[int(row["round"])] = _row(row, len(self._rows) + 1)
 
     def clip_norms(self, number: int) -> tuple[float, float] | None:
         """Clip norm of a round and of the next, where both are known."""
-        row = self.rows.get(number)
+        row = self._rows.get(number)
         return (row.clip_norm, row.following) if row is not None else None
 
     def claims(self, number: int) -> tuple[list[Claim], list[Unstated]]:
         """What is claimed of a round and can be tested, and what cannot."""
-        row, initial = self.rows.get(number), self.plan.mechanism.clip_norm
+        row, initial = self._rows.get(number), self.plan.mechanism.clip_norm
         constant = self.plan.mechanism.adaptive is None
         reason = "" if self.averages else _STEPPED
         if row is None:

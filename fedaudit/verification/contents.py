@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from fedaudit.types import ClientUpdate
 from fedaudit.verification.noise import Vector
 from fedaudit.verification.residuals import resolution, vector
 
@@ -50,6 +51,55 @@ class Length:
     def excesses(self, norm: float) -> dict[str, float]:
         """The same for each tensor alone."""
         return {name: value - norm * (1 + RELATIVE) - self.slacks[name] for name, value in self.norms.items()}
+
+
+@dataclass(frozen=True)
+class Integers:
+    """How far integer entries moved that a client sent back; true if any did.
+
+    Attributes:
+        moved: norm of each entry's change, by name, for those that changed.
+        unknown: entries of which it is not known what came back.
+    """
+
+    moved: Mapping[str, float]
+    unknown: tuple[str, ...]
+
+    @classmethod
+    def of(cls, update: ClientUpdate) -> "Integers":
+        """Of every entry that is no floating-point one."""
+        sent = {name: t for name, t in update.before.items() if not t.is_floating_point()}
+        moved = {
+            name: float(np.linalg.norm(vector(got) - vector(sent[name])))
+            for name, got in update.integers.items()
+            if name in sent and not got.equal(sent[name])
+        }
+        return cls(moved, tuple(name for name in sent if name not in update.integers))
+
+    def __bool__(self) -> bool:
+        return bool(self.moved)
+
+    @property
+    def norm(self) -> float:
+        """Norm of all their changes."""
+        return math.hypot(*self.moved.values())
+
+    @property
+    def most(self) -> float:
+        """The largest of the changes' norms; 0 if none moved."""
+        return max(self.moved.values(), default=0.0)
+
+    @property
+    def longest(self) -> str:
+        """The entry that moved furthest; only if any did."""
+        return max(self.moved, key=lambda name: self.moved[name])
+
+    @property
+    def names(self) -> str:
+        """The unknown ones in words."""
+        shown = ", ".join(self.unknown[:3])
+        more = ", ..." if len(self.unknown) > 3 else ""
+        return f"integer entries ({shown}{more})"
 
 
 def kept_share(delta: Mapping[str, Tensor]) -> tuple[float, float]:

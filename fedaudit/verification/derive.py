@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from fedaudit.claims import (
@@ -20,6 +19,7 @@ from fedaudit.errors import ConfigError
 from fedaudit.spec import Spec, parse_spec
 from fedaudit.training import TrainSettings
 from fedaudit.types import ClientUpdate, StepRelease
+from fedaudit.verification.live import Unstated
 
 BATCH_TAIL = 1e-6
 """Probability that a round uses more examples than the bound on the signal counts."""
@@ -43,19 +43,6 @@ class Claiming(Protocol):
     def claims(self, update: ClientUpdate, settings: TrainSettings) -> Sequence[Claim]:
         """The claims about this update."""
         ...
-
-
-@dataclass(frozen=True)
-class Unstated:
-    """A claim that cannot be brought into a form that updates can be tested for.
-
-    Attributes:
-        claim: the claim.
-        reason: why.
-    """
-
-    claim: Claim
-    reason: str
 
 
 def step_weights(steps: int, momentum: float = 0.0, pull: float = 0.0) -> list[float]:
@@ -116,13 +103,15 @@ def step_claims(
     return claims, unstated
 
 
-def strategy_claims(name: str, *, clients: int, fraction_train: float) -> list[Claim]:
+def strategy_claims(
+    name: str, *, clients: int, fraction_train: float, clip_norm: float | None = None
+) -> list[Claim]:
     """What a strategy of Flower's, by name with options, claims of each round.
 
     FedAvg and FedProx weight by num-examples. A privacy wrapper claims clipping over all entries, equal
     weights (its noise is calibrated to C / n), fresh noise of std z C / n, and nothing beside the updates.
-    With adaptive clipping the norm is known for the first round only, so `strategy_claims` speaks of that
-    one; give `adaptive_claims` the later norms. Other strategies make no claim that is tested here.
+    With adaptive clipping the norm differs between rounds: `clip_norm` is the one applied in the round that
+    is spoken of, by default the first one's. Other strategies make no claim that is tested here.
 
     Raises:
         ConfigError: if the name is no spec or a wrapper lacks an option.
@@ -140,7 +129,7 @@ def strategy_claims(name: str, *, clients: int, fraction_train: float) -> list[C
         return central_claims(_number(spec, "clipping-norm"), multiplier, sampled, by_server=by_server)
     count_std = _number(spec, "clipped-count-stddev", sampled / 20 if multiplier else 0.0)
     return adaptive_claims(
-        _number(spec, "initial-clipping-norm", 0.1),
+        clip_norm or _number(spec, "initial-clipping-norm", 0.1),
         multiplier,
         sampled,
         count_std=count_std,

@@ -1,58 +1,21 @@
 """A recorded run against the claims of its own configuration."""
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
 
-from torch import Tensor
-
-from fedaudit.accounting import Accountant
-from fedaudit.claims import (
-    UNCHECKED,
-    AdaptiveClipping,
-    Claim,
-    ClipNorm,
-    EpsilonClaim,
-    Finding,
-    GaussianNoise,
-    IndependentNoise,
-    Watcher,
-)
+from fedaudit.claims import Finding, Watcher
 from fedaudit.config import RunConfig
-from fedaudit.defenses.base import BudgetedByRound, Defense
-from fedaudit.defenses.chain import Chain, central, claims_left
 from fedaudit.errors import RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run
-from fedaudit.registry import DEFENSES
-from fedaudit.round_release import release_behind
-from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, steps_per_round, under_defense
-from fedaudit.types import ClientUpdate, StepRelease
-from fedaudit.verification.central_rounds import CentralRounds
-from fedaudit.verification.derive import Claiming, Unstated, step_claims, strategy_claims
+from fedaudit.types import ClientUpdate
+from fedaudit.verification.configured import ConfiguredClaims, Insight
+from fedaudit.verification.live import State, judge
 from fedaudit.verification.memory import NoiseMemory
-from fedaudit.verification.round import ALPHA, verify_round
-
-State = Mapping[str, Tensor]
-Stated = Mapping[tuple[int, int], tuple[float, float, str, str, int]]
-"""By (round, client): epsilon, delta, unit and accountant, and rounds taken part in so far."""
-_HIDDEN = "what a later defense does to the update hides it; the client sees the update in between"
-
-
-@dataclass(frozen=True)
-class Insight:
-    """What an oracle adds to updates: how to compute an update without noise, and the batches behind it.
-
-    Attributes:
-        noise_free: the update without its noise; None where it cannot be computed.
-        batches: indices of the examples of each local step.
-    """
-
-    noise_free: Callable[[ClientUpdate, StepRelease], State | None]
-    batches: Callable[[ClientUpdate], Sequence[Tensor]]
+from fedaudit.verification.round import ALPHA
+from fedaudit.verification.statements import Statement, Statements
 
 
 class RecordedRun:
@@ -71,9 +34,8 @@ class RecordedRun:
         if not recorded:
             raise RecordError(f"{self.run.path} has no run.toml to take claims from: start the run anew")
         self.config = RunConfig.from_flat(recorded)
-        self.defense: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
         self.files: dict[int, list[Path]] = defaultdict(list)
-        for path in sorted((self.run.path / "updates").glob("round-*.safetensors")):
+        for path in sorted((self.run.path / "updates").glob("round-*-*.safetensors")):
             self.files[int(path.name.split("-")[1])].append(path)
         if not self.files:
             raise RecordError(
@@ -102,41 +64,22 @@ class RecordedRun:
         path = self.run.path / "weights.safetensors"
         return load_file(path) if path.exists() else None
 
-    def settings(self, round_number: int) -> TrainSettings:
-        """Local training in a round, as configuration and defense have it."""
-        train, strategy = self.config.train, parse_spec(self.config.strategy.name)
-        mu = strategy.options.get("proximal-mu", 0.0)
-        configured = TrainSettings(
-            optimizer=train.optimizer,
-            lr=train.lr * train.lr_decay ** (round_number - 1),
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            batch_size=train.batch_size,
-            local_epochs=train.local_epochs,
-            local_steps=train.local_steps,
-            proximal_mu=float(mu) if isinstance(mu, (int, float)) else 0.0,
-        )
-        return under_defense(configured, self.defense)
+    def statements(self) -> dict[int, dict[int, Statement]]:
+        """What each client had stated by round and client."""
+        found: dict[int, dict[int, Statement]] = defaultdict(dict)
+        for number, client, statement in Statements().replay(self.run.records):
+            found[number][client] = statement
+        return found
 
-    def release(self, defense: Defense, num_examples: int) -> StepRelease:
-        """What one local step makes visible."""
-        settings = self.settings(1)
-        planned = steps_per_round(num_examples, settings) * self.config.federation.rounds
-        return defense.release(num_examples, settings.batch_size, planned)
-
-    def epsilon_claims(self) -> dict[tuple[int, int], tuple[float, float, str, str, int]]:
-        """By (round, client): epsilon, delta, unit, accountant as stated, and rounds taken part in so far."""
+    def clip_norms(self) -> dict[int, tuple[float, float]]:
+        """By round, the clip norm that the server applied and the one it went on with."""
         records = self.run.records
-        own = (records["quantity"] == "epsilon") & records["client_id"].notna()
-        stated = records[own & (records["status"] == "ok")].sort_values("round")
-        rounds: dict[int, int] = defaultdict(int)
+        rows = records[(records["quantity"] == "clip-norm") & records["client_id"].isna()]
         found = {}
-        for row in stated.to_dict("records"):
-            client = int(row["client_id"])
-            rounds[client] += 1
-            numbers = float(row["value"]), float(row["delta"])
-            words = str(row["privacy_unit"]), str(row["accountant"])
-            found[int(row["round"]), client] = (*numbers, *words, rounds[client])
+        for row in rows.to_dict("records"):
+            following = json.loads(row["extra"]).get("next")
+            if following is not None:
+                found[int(row["round"])] = (float(row["value"]), float(following))
         return found
 
 
@@ -144,14 +87,14 @@ def verify_run(
     folder: str | Path,
     *,
     observer: Watcher = "server",
-    insight: Callable[[RecordedRun], Insight] | None = None,
+    insight: Callable[[ConfiguredClaims], Insight] | None = None,
     alpha: float = ALPHA,
 ) -> list[Finding]:
     """Every finding of every kept round of a run, against the claims of its own configuration.
 
-    The defense's claims are tested on the updates, the strategy's on the aggregates, and so are those of a
-    defense that acts on the aggregate: the aggregate of a round is the broadcast of the next, so the last
-    kept round needs the final weights, and a round whose successor was not kept has no aggregate.
+    The defense's claims are tested on the updates, the strategy's on the aggregates: the aggregate of a round
+    is the broadcast of the next, so the last kept round needs the final weights, and a round whose successor
+    was not kept has no aggregate.
 
     Args:
         folder: the run's folder; updates must have been kept (`audit.save-updates`).
@@ -163,146 +106,21 @@ def verify_run(
         RecordError: if the folder holds no run or no updates.
     """
     recorded = RecordedRun(folder)
-    config = recorded.config
-    defense = recorded.defense
-    if isinstance(defense, BudgetedByRound):
-        defense = defense.over_rounds(config.federation.rounds)
-    general = strategy_claims(
-        config.strategy.name,
-        clients=config.federation.clients,
-        fraction_train=config.federation.fraction_train,
-    )
-    at_server = central(defense)
-    rounds = CentralRounds.of(at_server, config, recorded.run.records) if at_server is not None else None
-    first_only = any(isinstance(claim, AdaptiveClipping) for claim in general)
-    stated = recorded.epsilon_claims()
-    extra = insight(recorded) if insight is not None else None
+    claims = ConfiguredClaims(recorded.config, insight)
+    claims.recall(recorded.run.records)
+    stated, norms = recorded.statements(), recorded.clip_norms()
     memory, findings = NoiseMemory(), list[Finding]()
-    batches: dict[int, list[Tensor]] = defaultdict(list)
     for number, updates, after in recorded.rounds():
-        settings = recorded.settings(number)
-        if updates[0].summed:
-            hidden = _claims_behind_sum(recorded, defense, updates[0], settings, stated)
-            findings += [_unseen(claim, client, updates[0], observer) for client, claim in hidden]
-            findings += [_unseen(claim, None, updates[0], observer) for claim in general]
-            continue
-        own: dict[int, list[Claim]] = {}
-        noise_free: dict[int, State] = {}
-        for update in updates:
-            release, claims, unstated = _claims_of(recorded, defense, update, settings, stated)
-            own[update.client_id] = claims
-            findings += [_unstated(part, update, observer) for part in unstated]
-            if extra is not None:
-                batches[update.client_id] += extra.batches(update)  # single rounds show little of sampling
-                known = extra.noise_free(update, release)
-                if known is not None:
-                    noise_free[update.client_id] = known
-        unknown = first_only and number > 1
-        shared = [claim for claim in general if not (unknown and _follows_norm(claim))]
-        if rounds is not None:
-            shared, hidden_at_server = rounds.claims(number)
-            findings += [
-                Finding(part.claim, None, None, None, UNCHECKED, observer, part.reason, number)
-                for part in hidden_at_server
-            ]
-        findings += verify_round(
-            shared,
+        known = norms.get(number)
+        made = claims.of_round(number, updates, stated.get(number, {}), known)
+        findings += judge(
+            made,
             updates,
+            None,
             after,
-            per_client=own,
+            clip_norms=known,
             observer=observer,
-            noise_free=noise_free,
-            batches=batches,
-            clip_norms=rounds.clip_norms(number) if rounds is not None else None,
             memory=memory,
             alpha=alpha,
         )
-        if unknown:
-            findings += [_without_norm(c, number, observer) for c in general if _follows_norm(c)]
     return findings
-
-
-def _claims_of(
-    recorded: RecordedRun, defense: Defense, update: ClientUpdate, settings: TrainSettings, stated: Stated
-) -> tuple[StepRelease, list[Claim], list[Unstated]]:
-    """The release behind an update, what is claimed of it, and the claims that cannot be tested."""
-    release = release_behind(defense, update) or recorded.release(defense, update.num_examples)
-    steps = steps_per_round(update.num_examples, settings)
-    claims, unstated = step_claims(release, settings, update.num_examples, steps)
-    parts = defense.parts if isinstance(defense, Chain) else (defense,)
-    own = [part.claims(update, settings) for part in parts if isinstance(part, Claiming)]
-    claims, hidden = claims_left([claims, *own])
-    unstated += [Unstated(claim, _HIDDEN) for claim in hidden]
-    claims += _client_epsilon(update, claims, stated)
-    return release, [*claims, *_epsilon(update, release, steps, stated)], unstated
-
-
-def _claims_behind_sum(
-    recorded: RecordedRun, defense: Defense, seen: ClientUpdate, settings: TrainSettings, stated: Stated
-) -> list[tuple[int, Claim]]:
-    """What is claimed of every single update behind a sum, taken to be of the mean client."""
-    mean = max(1, round(seen.num_examples / len(seen.summed)))
-    found = []
-    for client in seen.summed:
-        single = replace(seen, client_id=client, num_examples=mean, summed=())
-        _, claims, unstated = _claims_of(recorded, defense, single, settings, stated)
-        found += [(client, claim) for claim in (*claims, *(part.claim for part in unstated))]
-    return found
-
-
-def _unseen(claim: Claim, client: int | None, seen: ClientUpdate, observer: Watcher) -> Finding:
-    reason = (
-        f"secure aggregation leaves nothing but the sum of {len(seen.summed)} clients' updates to look at; "
-        "each client sees its own"
-    )
-    return Finding(claim, None, None, None, UNCHECKED, observer, reason, seen.round, client)
-
-
-def _epsilon(
-    update: ClientUpdate,
-    release: StepRelease,
-    steps: int,
-    stated: Stated,
-) -> list[Claim]:
-    claim = stated.get((update.round, update.client_id))
-    if claim is None or not release.noise_std or not release.clip_norm:
-        return []
-    epsilon, delta, unit, accountant, rounds = claim
-    kind: Accountant | None = next((known for known in get_args(Accountant) if known == accountant), None)
-    if kind is None or unit != "example":
-        return []
-    multiplier = release.noise_std / release.clip_norm
-    return [EpsilonClaim(epsilon, delta, "example", kind, multiplier, release.sample_rate, steps * rounds)]
-
-
-def _client_epsilon(
-    update: ClientUpdate,
-    claims: Sequence[Claim],
-    stated: Stated,
-) -> list[Claim]:
-    """A client-level epsilon follows from noise on whole updates, one release a round, without sampling."""
-    claim = stated.get((update.round, update.client_id))
-    noise = next((c for c in claims if isinstance(c, GaussianNoise) and c.on == "update"), None)
-    clip = next((c for c in claims if isinstance(c, ClipNorm) and (c.of, c.by) == ("update", "client")), None)
-    if claim is None or noise is None or clip is None:
-        return []
-    epsilon, delta, unit, accountant, rounds = claim
-    kind = next((known for known in (*get_args(Accountant), "analytic") if known == accountant), None)
-    if kind is None or unit != "client":
-        return []
-    return [EpsilonClaim(epsilon, delta, "client", kind, noise.std / clip.norm, steps=rounds)]
-
-
-def _follows_norm(claim: Claim) -> bool:
-    return isinstance(claim, (AdaptiveClipping, ClipNorm, GaussianNoise, IndependentNoise))
-
-
-def _without_norm(claim: Claim, number: int, observer: Watcher) -> Finding:
-    reason = "the clip norm of later rounds is not recorded; whoever runs the strategy knows it"
-    return Finding(claim, None, None, None, UNCHECKED, observer, reason, number)
-
-
-def _unstated(part: Unstated, update: ClientUpdate, observer: Watcher) -> Finding:
-    return Finding(
-        part.claim, None, None, None, UNCHECKED, observer, part.reason, update.round, update.client_id
-    )

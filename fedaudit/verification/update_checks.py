@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from fedaudit.claims import (
 )
 from fedaudit.types import ClientUpdate
 from fedaudit.verification.checks import NOTICED, Check, Scene, noise_check
-from fedaudit.verification.contents import Length, kept_share, levels
+from fedaudit.verification.contents import RELATIVE, Integers, Length, kept_share, levels
 from fedaudit.verification.epsilon import epsilon_of
 from fedaudit.verification.noise import signal_noticed
 from fedaudit.verification.residuals import Residual, update_residual
@@ -84,7 +84,7 @@ def update_checks(seen: Seen, residual: Residual | None, scene: Scene) -> list[C
     checks: list[Check] = []
     for claim in seen.claims:
         if isinstance(claim, ClipNorm) and claim.by == "client":
-            checks.append(_clip(claim, seen, residual, scene))
+            checks.append(_clip_integers(claim, seen, _clip(claim, seen, residual, scene)))
         elif isinstance(claim, GaussianNoise) and claim.on == "update" and residual is not None:
             others = "an oracle that can compute the noise-free update could check it"
             check = noise_check(claim, residual, scene, others, blame_signal=not residual.exact)
@@ -134,6 +134,29 @@ def _clip(claim: ClipNorm, seen: Seen, residual: Residual | None, scene: Scene) 
     else:
         reason = "each tensor alone keeps the norm, all together do not: clipped per tensor"
     return scene.without_tests(claim, VIOLATED, reason, length.whole, None, claim.norm)
+
+
+def _clip_integers(claim: ClipNorm, seen: Seen, check: Check) -> Check:
+    """Integer entries count, too: what they moved by belongs to the vector that is as long as is claimed."""
+    if claim.of == "example":
+        return check
+    counters = Integers.of(seen.update)
+
+    def at(level: float) -> Finding:
+        finding = check.conclude(level)
+        rest = 0.0 if seen.noise is not None else finding.measured or 0.0
+        whole = counters.most if claim.over == "layer" else math.hypot(rest, counters.norm)
+        if finding.verdict != VIOLATED and counters and whole > claim.norm * (1 + RELATIVE):
+            reason = f"integer entry {counters.longest!r} moved by {counters.most:.4g} and was not clipped"
+            return replace(finding, verdict=VIOLATED, measured=whole, reason=reason)
+        if finding.verdict == HOLDS and counters.unknown:
+            reason = (
+                f"{finding.reason}; {counters.names} were not kept, and whoever receives them could check"
+            )
+            return replace(finding, verdict=UNCHECKED, reason=reason)
+        return finding
+
+    return Check(check.tests, at)
 
 
 def _clip_under_noise(claim: ClipNorm, residual: Residual, scene: Scene) -> Check:
@@ -192,17 +215,21 @@ def _lengths(residual: Residual, claim: ClipNorm) -> tuple[float | None, float |
 
 
 def _with_integers(claim: GaussianNoise, seen: Seen, check: Check) -> Check:
-    """Name the integer entries of the model: no Gaussian noise fits into them."""
-    integers = [name for name, tensor in seen.update.before.items() if not tensor.is_floating_point()]
-    if not integers:
-        return check
+    """No Gaussian noise fits into an integer entry: it hides nothing unless it comes back as it was sent."""
+    counters = Integers.of(seen.update)
 
     def at(level: float) -> Finding:
         finding = check.conclude(level)
-        note = (
-            f"; integer entries ({', '.join(integers[:3])}) are not part of an update and hold no such noise"
-        )
-        return Finding(**{**vars(finding), "reason": finding.reason + note})
+        if counters:
+            note = (
+                f"integer entry {counters.longest!r} was sent as trained, and no Gaussian noise fits into it"
+            )
+            reason = f"{finding.reason}; {note}" if finding.verdict == VIOLATED else note
+            return replace(finding, verdict=VIOLATED, reason=reason)
+        if counters.unknown and finding.verdict == HOLDS:
+            note = f"{counters.names} hold no such noise, and what came back of them was not kept"
+            return replace(finding, verdict=UNCHECKED, reason=f"{finding.reason}; {note}")
+        return finding
 
     return Check(check.tests, at)
 

@@ -279,3 +279,32 @@ def test_arrays_keep_their_names_and_order():
     sent = from_state_dict(setup(flat()).build_model().state_dict())
     got = ask(flat()).content["arrays"]
     assert isinstance(got, ArrayRecord) and list(got) == list(sent)
+
+
+def test_a_client_whose_budget_is_spent_declines_in_its_own_words():
+    reply = ask(flat(defense__name="dp-sgd(epsilon=1, noise-multiplier=0.3)"))
+    assert reply.error.reason.startswith("declined to train: ") and "Traceback" not in reply.error.reason
+    assert "above its budget of 1 at delta" in reply.error.reason
+
+
+def test_rounds_go_on_without_clients_that_spent_their_budget(tmp_path):
+    changes = {
+        "federation__rounds": 5,
+        "data__partitioner": "dirichlet(alpha=1)",
+        "defense__name": "dp-sgd(noise-multiplier=1, epsilon=3)",
+        "output__directory": str(tmp_path),
+        "output__name": "budget",
+        "train__batch_size": 8,
+    }
+    records = execute(RunConfig.from_flat(flat(**changes))).records
+    declined = records[records["status"] == "rejected"]
+    assert declined["reason"].str.contains("the client declined to train: .* it must not train again").all()
+    first = declined.groupby("client_id")["round"].min()
+    assert len(first) and first.max() > first.min()  # the smallest client is the first to stop
+    epsilon = records[records["quantity"] == "epsilon"]
+    assert epsilon["value"].max() <= 3 * (1 + 1e-6)
+    for client, number in first.items():
+        mine = epsilon[epsilon["client_id"] == client]
+        assert mine["round"].max() == number - 1  # and does not come back
+        assert (declined[declined["client_id"] == client]["round"] == range(number, 6)).all()
+    assert set(records.loc[records["quantity"] == "accuracy", "round"]) == set(range(6))

@@ -236,8 +236,8 @@ def test_a_sensitivity_below_the_clip_norm_is_found():
     assert len(stated) == f.N and all(x.measured > 5.6 for x in stated)
 
 
-def test_integers_under_local_noise_are_named():
-    """Defect 6: updates hold floating-point entries only, so the exact counter is told, not tested."""
+def test_integers_under_local_noise_are_sent_exactly():
+    """Defect 6: the counter passes clipping and noise."""
     seen, weights = f.run(
         flower.FedAvg(**f.COMMON),
         f.client_app([LocalDpMod(1.0, 1.0, 5.0, 1e-5)], scale=0.0),
@@ -246,5 +246,7 @@ def test_integers_under_local_noise_are_named():
     )
     assert int(weights[1]["steps"]) - int(weights[0]["steps"]) == 10  # the mean of exact counters
     findings = verify_rounds(local_dp_claims(1.0, 1.0, 5.0, 1e-5), seen, weights)
-    single = [x for x in findings if isinstance(x.claim, GaussianNoise) and x.client_id is not None]
-    assert len(single) == f.N and all("integer entries (steps)" in x.reason for x in single)
+    noise = [x for x in of(findings, GaussianNoise) if x.client_id is not None]
+    assert len(noise) == f.N and all("'steps' was sent as trained" in x.reason for x in noise)
+    clip = of(findings, ClipNorm)
+    assert len(clip) == f.N and all("'steps' moved by 10 and was not clipped" in x.reason for x in clip)

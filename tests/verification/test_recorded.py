@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pyarrow as pa
@@ -10,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fedaudit.claims import Sparsity
+from fedaudit.claims import AdaptiveClipping, GaussianNoise, PoissonSampling, Sparsity
 from fedaudit.cli import main
+from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.none import NoDefense
 from fedaudit.insight import insight
+from fedaudit.records import load_run
 from fedaudit.registry import DEFENSES, Entry
 from fedaudit.verification.recorded import verify_run
 
@@ -154,11 +157,95 @@ def test_rounds_whose_successor_was_not_kept_have_no_aggregate(made, capfd):
     assert "no other weighting" in rounds[3] and "no other weighting" in rounds[4]
 
 
-def test_an_adaptive_wrapper_is_judged_in_its_first_round_and_told_about_the_others(made):
-    name = "DifferentialPrivacyServerSideAdaptiveClipping(noise-multiplier=0.2, clipped-count-stddev=1)"
-    findings = verify_run(made("adaptive", f"strategy.name={name}"))
+ADAPTIVE = (
+    "strategy.name=DifferentialPrivacyServerSideAdaptiveClipping("
+    "noise-multiplier=0.3, clipped-count-stddev=0.2, clip-norm-lr=0.7)"
+)
+LOUD = ("train.lr=0.5", "train.local-steps=4")  # every update is longer than the clip norm
+
+
+def test_adaptive_clipping_is_judged_in_every_round_by_the_norm_that_was_applied(made):
+    """Flower's wrapper moves the norm the wrong way, and adds the next norm's noise."""
+    findings = verify_run(made("adaptive", ADAPTIVE, *LOUD))
+    moved = [x for x in findings if isinstance(x.claim, AdaptiveClipping)]
+    assert [x.round for x in moved] == [1, 2, 3] and {x.verdict for x in moved} == {"violated"}
+    assert all("the norm moves the wrong way" in x.reason for x in moved)
+    noise = [x for x in findings if isinstance(x.claim, GaussianNoise)]
+    assert [x.round for x in noise] == [1, 2, 3] and {x.verdict for x in noise} == {"violated"}
+    assert len({x.claim.std for x in noise}) == 3 and all(x.high < x.claim.std for x in noise)
+
+
+def test_an_adaptive_norm_that_was_not_recorded_is_known_in_the_first_round_only(made):
+    folder = made("adaptive", ADAPTIVE, *LOUD)
+    change(folder, lambda rows: rows[rows["quantity"] != "clip-norm"])
+    findings = verify_run(folder)
     later = [x for x in findings if x.round > 1 and "Gaussian" in str(x.claim)]
-    assert later and all("clip norm of later rounds is not recorded" in x.reason for x in later)
+    assert later and all("clip norm of this round is not recorded" in x.reason for x in later)
+    assert any(x.round == 1 and x.verdict == "violated" for x in findings)
+
+
+FILTERED = "defense.name=leakage-adaptive(driver=decay, epsilon=4, ratio=0.5)"
+
+
+def change(folder, edit):
+    """Rewrite a run's records."""
+    for path in sorted((folder / "audit").glob("*.parquet")):
+        table = pq.read_table(path)
+        rows = edit(table.to_pandas())
+        pq.write_table(pa.Table.from_pandas(rows, table.schema, preserve_index=False), path)
+
+
+def filtered(findings):
+    return [x for x in findings if getattr(x.claim, "accountant", "") == "rdp-filter"]
+
+
+def test_the_epsilon_of_noise_that_changes_is_recomputed_from_the_stated_noise(made):
+    folder = made("filtered", FILTERED)
+    rows = load_run(folder).records
+    noise = rows[rows["quantity"] == "noise-multiplier"].pivot(
+        index="round", columns="client_id", values="value"
+    )
+    assert (noise.loc[3] / noise.loc[1]).tolist() == pytest.approx([0.5] * 3)  # the schedule can be plotted
+    found = filtered(verify_run(folder))
+    assert len(found) == 9 and all(x.measured == pytest.approx(x.claim.epsilon, rel=1e-6) for x in found)
+    assert "violated" not in {x.verdict for x in found} and max(x.measured for x in found) <= 4
+    assert {x.verdict for x in found if x.round == 1} == {"holds"}  # later noise may be hidden by the signal
+
+
+def test_an_epsilon_of_a_filter_that_leaves_rounds_out_is_found(made):
+    folder = made("filtered", FILTERED)
+
+    def understate(rows):
+        rows.loc[rows["quantity"] == "epsilon", "value"] *= 0.6
+        return rows
+
+    change(folder, understate)
+    found = filtered(verify_run(folder))
+    assert len(found) == 9 and {x.verdict for x in found} == {"violated"}
+    assert all("the mechanism as described has epsilon" in x.reason for x in found)
+
+
+def test_a_client_that_hides_one_rounds_noise_cannot_be_checked_from_then_on(made):
+    folder = made("filtered", FILTERED)
+    hides = "quantity == 'noise-multiplier' and round == 2 and client_id == 1"
+    change(folder, lambda rows: rows.drop(rows.query(hides).index))
+    left_open = [x for x in filtered(verify_run(folder)) if "did not state it in each" in x.reason]
+    assert {(x.round, x.client_id) for x in left_open} == {(2, 1), (3, 1)}
+
+
+class Shuffled(DPSGD):
+    """Cuts a shuffled order into batches and accounts for them as Poisson samples."""
+
+    poisson: ClassVar[bool] = False
+
+
+def test_shuffling_declared_as_poisson_sampling_is_found_by_an_oracle(made, monkeypatch):
+    monkeypatch.setitem(DEFENSES._entries, "shuffled", Entry("says Poisson", Shuffled))
+    name = "defense.name=shuffled(noise-multiplier=1, epsilon=0)"
+    folder = made("shuffled", name, "train.local-steps=8")
+    bad = [x for x in verify_run(folder, observer="oracle", insight=insight) if x.verdict == "violated"]
+    assert bad and all(isinstance(x.claim, PoissonSampling) for x in bad)
+    assert {x.client_id for x in bad} == {0, 1, 2} and all("shuffled, not sampled" in x.reason for x in bad)
 
 
 def test_a_run_without_updates_says_how_to_keep_them(made, capfd):
