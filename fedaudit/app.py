@@ -308,12 +308,14 @@ def check(config: RunConfig) -> Setup:
     _check_machine(config)
     made = setup(config.flat())
     central_parts = reference_module("strategies.central")
+    with _about("defense.name", config.defense.name):
+        fraction = central_parts.inner_fraction(made)
     with _about("strategy.name", config.strategy.name):
         build_strategy = reference_module("strategies.flower_strategies").build_strategy
         strategy = build_strategy(
             config.strategy.name,
             clients=made.clients,
-            fraction_train=central_parts.inner_fraction(made),
+            fraction_train=fraction,
             min_available=made.clients,
         )
     with _about("audit.measures", config.audit.measures):
