@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BATCHES = 200
 """Batches of a client that are remembered, the latest: single rounds show little of sampling."""
 _HIDDEN = "what a later defense does to the update hides it; the client sees the update in between"
-_SUM = "secure aggregation leaves nothing but the sum of {} clients' updates to look at; each client sees its own"
+_SUM = "secure aggregation leaves nothing but the sum of {} clients' updates; each client sees its own"
 _NORM = "the clip norm of this round is not recorded; whoever runs the strategy knows it"
 _HISTORY = "the noise of every round is needed, and the client did not state it in each"
 
