@@ -417,7 +417,7 @@ def _revision() -> str:
 
 
 def comparisons(config: RunConfig, folder: Path) -> list[RunConfig]:
-    """One configuration per combination of `compare.vary`, defense and seed, in a folder of its own in `folder`.
+    """One configuration per combination of `compare.vary`, defense and seed, each in a folder of its own.
 
     A run's folder is named by its combination, defense and seed: "train.batch-size=8-none-seed0"; a name
     that is taken or over 200 characters ends in a number of its own.

@@ -3,9 +3,10 @@
     data.name: digits | patches; train.batch-size: 8 | 32
 
 Keys are separated by ``;``, a key from its values by ``:``, values by ``|``; the product of all is compared.
-A value is what a command-line override takes: TOML, or plain text if it is not. One that holds ``|`` or ``;``,
-or begins or ends with a space, is put in quotes, TOML's ``"..."`` or ``'...'``; inside a value that does not
-begin with a quote, quotes mean nothing. One text, because Flower's run configuration holds scalars only.
+A value is what a command-line override takes: TOML, or plain text if it is not. One that holds ``|`` or
+``;``, or begins or ends with a space, is put in quotes, TOML's ``"..."`` or ``'...'``; inside a value that
+does not begin with a quote, quotes mean nothing. It is one text because Flower's run configuration holds
+scalars only.
 """
 
 from collections.abc import Mapping
@@ -84,7 +85,11 @@ def refusal(key: str) -> str:
     ('compare.seeds lists the seeds', '')
     """
     return next(
-        (why for name, why in _FORBIDDEN.items() if key == name or (name[-1] == "." and key.startswith(name))),
+        (
+            why
+            for name, why in _FORBIDDEN.items()
+            if key == name or (name[-1] == "." and key.startswith(name))
+        ),
         "",
     )
 

@@ -77,13 +77,13 @@ class Evidence:
 
     @cached_property
     def baseline(self) -> str:
-        """The defense others are compared with: the configured one, else "none", else the first; "" without runs."""
+        """What others are compared with: `compare.baseline`, else "none", else the first; "" without runs."""
         wanted = wanted_baseline(self.runs)
         return wanted if wanted in self.defenses else next(iter(self.defenses), "")
 
     @cached_property
     def against(self) -> list[str]:
-        """The quantities that the runs' configurations want drawn against accuracy; empty is the usual ones."""
+        """The quantities that `compare.against` wants drawn against accuracy; empty is the usual ones."""
         return wanted_against(self.runs)
 
     @cached_property

@@ -64,9 +64,10 @@ def last_round(run: Run) -> int:
 
 
 def distinct_runs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Runs to use and runs left out: of several with one variation, defense and seed the furthest, then the latest.
+    """Runs to use and runs left out: one for each variation, defense and seed is used.
 
-    Two runs with the same seed are not independent, so they may not both enter an interval over seeds.
+    Of several it is the one that got furthest, then the latest. Two runs with the same seed are not
+    independent, so they may not both enter an interval over seeds.
     """
     best: dict[tuple[str, str, str], Run] = {}
     keys = varied_keys(runs)

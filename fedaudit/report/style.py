@@ -26,11 +26,14 @@ INK, QUIET, RULE, GRID = "#1f2933", "#52606d", "#9aa5b1", "#e3e7eb"
 
 
 def styles(defenses: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour, marker symbol and dash of each defense, the same in every figure of a page."""
+    """Colour, marker symbol and dash of each defense, the same in every figure of a page.
+
+    When the colours begin again, symbols and dashes are shifted: 42 defenses have a pair of their own.
+    """
     return {
         defense: {
             "colour": OKABE_ITO[i % len(OKABE_ITO)],
-            "symbol": SYMBOLS[i % len(SYMBOLS)],
+            "symbol": SYMBOLS[(i + i // len(OKABE_ITO)) % len(SYMBOLS)],
             "dash": DASHES[i % len(DASHES)],
         }
         for i, defense in enumerate(defenses)

@@ -149,7 +149,9 @@ def _paired(evidence: Evidence, baseline: str) -> Iterator[tuple[Any, ...]]:
                 pairs = cells[defense, quantity, observer]
                 drawn = bootstrap_interval(
                     [
-                        pairs.loc[pairs["seed"] == seed, ["sum", "count", "sum_base", "count_base"]].to_numpy()
+                        pairs.loc[
+                            pairs["seed"] == seed, ["sum", "count", "sum_base", "count_base"]
+                        ].to_numpy()
                         for seed in part["seed"]
                     ]
                 )
@@ -178,7 +180,7 @@ def all_quantities(runs: Runs) -> pd.DataFrame:
 def problems(runs: Runs) -> pd.DataFrame:
     """What did not become a number, by status, quantity, observer, defense and reason, most frequent first.
 
-    Variations are counted together. Columns "status", "quantity", "observer", "defense", "reason", "count", "clients" (how many),
+    Columns "status", "quantity", "observer", "defense", "reason", "count", "clients" (how many),
     "first" (a few client ids), "rounds" (from-to).
     """
     evidence = gather(runs)

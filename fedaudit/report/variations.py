@@ -19,9 +19,7 @@ def varied_keys(runs: Sequence[Run]) -> list[str]:
     named = dict.fromkeys(
         key for run in runs for key in split_vary(str(configuration_of(run).get("compare.vary", "")))
     )
-    return [
-        key for key in named if len({written(configuration_of(run).get(key, "")) for run in runs}) > 1
-    ]
+    return [key for key in named if len({written(configuration_of(run).get(key, "")) for run in runs}) > 1]
 
 
 def values_of(run: Run, keys: Sequence[str]) -> dict[str, str]:
@@ -36,7 +34,7 @@ def variation_of(run: Run, keys: Sequence[str]) -> str:
 
 
 def wanted_baseline(runs: Sequence[Run]) -> str:
-    """The defense that the runs' `compare.baseline` names, as records write it; empty if they name none or several."""
+    """The defense of `compare.baseline`, as records write it; empty if the runs name none or several."""
     named = {str(configuration_of(run).get("compare.baseline", "")) for run in runs}
     (only, *others) = named or {""}
     return "" if others or not only else str(parse_spec(only))
