@@ -12,6 +12,9 @@ from fedaudit.report.quantities import describe
 from fedaudit.report.seeds import quantities_in, shown_observer
 from fedaudit.report.tables import comparison_table, paired_differences
 
+MAX_TOLD = 4
+"""Defenses whose intervals are told in a sentence; more are sorted by what the intervals say."""
+
 
 def findings(runs: Runs, baseline: str | None = None) -> list[str]:
     """What these runs show, one sentence or two each, as plain text.
@@ -113,6 +116,7 @@ def _differences(part: pd.DataFrame) -> str:
     name = known.label if known.role == "utility" else f"{known.label} ({first['observer']})"
     told: list[str] = []
     failing: list[str] = []
+    by_verdict: dict[str, list[str]] = {}
     for _, row in part.iterrows():
         verdict = reading(row["difference"], row["half_width"], int(row["seeds"]))
         words = f"{signed(row['difference'])}, {_ends(row)}: {verdict}"
@@ -121,11 +125,15 @@ def _differences(part: pd.DataFrame) -> str:
         if math.isnan(row["low"]):
             words = f"{signed(row['difference'])}, {verdict}"
         told.append(f"{number(row['defense_mean'])} under {row['defense']} ({words})")
+        by_verdict.setdefault(verdict, []).append(f"{row['defense']} ({number(row['defense_mean'])})")
         favourable = "higher" if known.wanted > 0 else "lower"
         if known.role in ("leakage", "attack") and known.wanted and not verdict.startswith(favourable):
             failing.append(str(row["defense"]))
     tail = f" Not shown to protect by this measure: {listing(failing)}." if failing else ""
     start = f"{name}: {number(first['baseline_mean'])}{unit} under {first['baseline']}"
+    if len(part) > MAX_TOLD:  # the intervals are in the table of differences
+        words = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items())
+        return f"{start}. By 95 % intervals of the differences paired by seed, {words}.{tail}"
     return f"{start}; {'; '.join(told)}.{tail}"
 
 
@@ -158,7 +166,8 @@ def _exposed(rows: pd.DataFrame) -> list[str]:
     part = own[(own["quantity"] == names[0]) & (own["observer"] == observer)]
     unit = "" if part["unit"].iloc[0] == "1" else f" {part['unit'].iloc[0]}"
     told = []
-    for defense, mine in part.groupby("defense", sort=False):
+    shown = list(dict.fromkeys(part["defense"]))[:MAX_TOLD]
+    for defense, mine in part[part["defense"].isin(shown)].groupby("defense", sort=False):
         means = mine.groupby(["seed", "client_id"])["value"].mean()
         if len(means) >= 3:
             seed, client = means.index[int(means.to_numpy().argmax())]

@@ -13,25 +13,30 @@ def label_places(
     sizes: Sequence[tuple[float, float]],
     mark: float,
     frame: tuple[float, float],
+    lines: Sequence[Box] = (),
 ) -> list[tuple[float, float]]:
     """Centre of each label, near its mark and free of all marks and labels where there is room.
 
     Greedy, most crowded mark first: rings of growing radius around the mark are searched in `DIRECTIONS`
-    directions, and the first place that is free and inside the frame is taken. All lengths in pixels.
+    directions, diagonals first, and the first place that is free and inside the frame is taken. All lengths
+    in pixels.
 
     Args:
         marks: centres of the marks.
         sizes: width and height of each label.
         mark: diameter of a mark.
         frame: width and height of the panel; labels stay inside.
+        lines: boxes around what labels should not cross, such as bars of intervals.
 
     Returns:
         Centres, in the order given. If no place is free, the one that covers least.
 
-    >>> label_places([(50.0, 50.0)], [(20.0, 12.0)], 10.0, (100.0, 100.0))
-    [(68.0, 50.0)]
+    >>> label_places(  # doctest: +ELLIPSIS
+    ...     [(50.0, 50.0)], [(20.0, 12.0)], 10.0, (100.0, 100.0)
+    ... )
+    [(62.7..., 59.8...)]
     """
-    taken = [_box(x, y, mark, mark) for x, y in marks]
+    taken = [*(_box(x, y, mark, mark) for x, y in marks), *lines]
     crowding = [sum(math.dist(a, b) < 4 * mark for b in marks) for a in marks]
     found: dict[int, tuple[float, float]] = {}
     for i in sorted(range(len(marks)), key=lambda i: (-crowding[i], i)):
@@ -53,11 +58,11 @@ def _candidates(
 ) -> list[tuple[float, float]]:
     places = []
     for ring in range(FURTHEST):
-        gap = 3 + 9 * ring
-        for step in range(DIRECTIONS):
+        gap = 8 * ring
+        for step in sorted(range(DIRECTIONS), key=lambda step: (step % 4 != 2, step % 4 == 0, step)):
             angle = 2 * math.pi * step / DIRECTIONS
-            across = math.cos(angle) * (diameter / 2 + gap + size[0] / 2)
-            along = math.sin(angle) * (diameter / 2 + gap + size[1] / 2)
+            across = math.cos(angle) * (diameter / 2 + gap + size[0] / 2 + 3)
+            along = math.sin(angle) * (diameter / 2 + gap + size[1] / 2 + 1)
             places.append((mark[0] + across, mark[1] + along))
     return places
 

@@ -123,6 +123,11 @@ def _comparison(evidence: Evidence) -> list[str]:
         parts.append(_variation(label) if label else "")
         if len(shown) <= TRANSPOSE_UP_TO:
             shown = shown.set_index("Defense").T.reset_index().rename(columns={"index": "Quantity"})
+        else:  # what is the same in every row needs no column, and the table has no room for it
+            same = [name for name in ("Rounds", "Seeds") if shown[name].nunique() == 1]
+            extent = ", ".join(f"{name.lower()}: {shown[name].iloc[0]}" for name in same)
+            parts.append(markup.paragraph(f"In all rows, {extent}.", "quiet") if same else "")
+            shown = shown.drop(columns=same)
         right = [str(name) for name in shown.columns[1:]]
         parts.append(markup.table(shown, right=right, kind="comparison"))
     if not parts:

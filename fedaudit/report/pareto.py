@@ -134,7 +134,13 @@ def pareto_points(
 
 
 def _front(leakage: pd.Series, utility: pd.Series, along: float, across: float) -> list[bool]:
-    return pareto_front(list(zip((along * leakage).tolist(), (across * utility).tolist(), strict=True)))
+    points = zip(leakage, utility, strict=True)
+    return pareto_front([(_digits(along * x), _digits(across * y)) for x, y in points])
+
+
+def _digits(value: float) -> float:
+    """Twelve digits: means of the same numbers in another order are a tie."""
+    return float(f"{value:.12g}")
 
 
 def pareto_table(runs: Runs) -> pd.DataFrame:

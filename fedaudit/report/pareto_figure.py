@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fedaudit.report.label_places import label_places
+from fedaudit.report.label_places import Box, label_places
 from fedaudit.report.quantities import describe, with_unit
 from fedaudit.report.style import (
     INK,
@@ -24,7 +25,8 @@ from fedaudit.report.style import (
 )
 
 PAGE, PANEL, MARK = 1100, 320, 13  # pixels: width of the figure on a page, height of a panel, a mark
-SIDES, BETWEEN = 92, 0.09
+LEFT, RIGHT, TOP, GAP, ENTRY = 70, 22, 72, 78, 21  # pixels: margins, between panels, an entry of the legend
+BETWEEN = 0.09  # share of the width
 GROUP_COLOURS = ("#7A3E9D", "#8A6D1B", "#2F7F79", "#A23B52")
 
 
@@ -48,13 +50,16 @@ def pareto_figure(
     """
     across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = new_figure(rows=down, cols=across, horizontal_spacing=BETWEEN, vertical_spacing=0.24 / down)
-    width = (PAGE - SIDES) * (1 - BETWEEN * (across - 1)) / across
+    area = PANEL * down + GAP * (down - 1)
+    figure = new_figure(
+        rows=down, cols=across, horizontal_spacing=BETWEEN, vertical_spacing=GAP / area if down > 1 else 0
+    )
+    width = (PAGE - LEFT - RIGHT) * (1 - BETWEEN * (across - 1)) / across
     named = Legend(defenses, epsilons)
     for i, (quantity, observer, unit, points) in enumerate(panels):
         place = {"row": i // across + 1, "col": i % across + 1}
         label = with_unit(f"{describe(quantity).label} ({observer})", unit)
-        axis = value_axis(points["leakage"], label, 45)
+        axis = value_axis(points["leakage"], label, 64)
         wide = axis["type"] == "log"
         x_range = _range(points["leakage"], points["leakage_half"], wide)
         y_range = _range(points["utility"], points["utility_half"], wide=False)
@@ -63,19 +68,19 @@ def pareto_figure(
         figure.update_yaxes(title_text=wrap(title, 30), range=y_range, **place)
         _fronts(figure, points, describe(quantity).wanted, named, place)
         _marks(figure, points, defenses, named, place)
-        _numbers(figure, points, defenses, (x_range, y_range), wide, (width, PANEL), i)
+        panel = Panel(x_range, y_range, wide, (width, PANEL))
+        _numbers(figure, points, defenses, panel, str(i + 1) if i else "")
     entries = len(named.shown)
     rows = math.ceil(entries / 2) if all(len(text) <= 68 for text in named.shown) else entries
     note = "mean over seeds, bars: Student-t 95 % interval"
     if any(points["seeds"].max() < 2 for *_, points in panels):
         note = "one seed, no intervals"
-    height = 150 + 24 * rows + (PANEL + 62) * down
+    below = 70 + ENTRY * rows
+    height = TOP + area + below
     style_figure(figure, f"{describe(utility[0]).label} against leakage", note, [" "] * rows, height)
     if rows < entries:
-        figure.update_layout(
-            legend={"orientation": "h", "entrywidth": 0.5, "entrywidthmode": "fraction", "itemwidth": 30}
-        )
-    figure.update_layout(margin={"b": 84 + 24 * rows, "l": 70, "r": SIDES - 70})
+        figure.update_layout(legend={"orientation": "h", "entrywidth": 0.44, "entrywidthmode": "fraction"})
+    figure.update_layout(margin={"t": TOP, "b": below, "l": LEFT, "r": RIGHT})
     return figure
 
 
@@ -182,45 +187,57 @@ def _bars(value: float, half: float, scale: pd.Series | None = None) -> dict[str
     return {"type": "data", "symmetric": False, "array": [half], "arrayminus": [lower]}
 
 
-def _numbers(
-    figure: Figure,
-    points: pd.DataFrame,
-    defenses: Sequence[str],
-    ranges: tuple[Sequence[float], Sequence[float]],
-    wide: bool,
-    size: tuple[float, float],
-    panel: int,
-) -> None:
-    """Each mark's number beside it, with a line to the mark."""
-    x = np.log10(points["leakage"]) if wide else points["leakage"]
-    y = points["utility"]
-    marks = [
-        tuple((v - low) / (high - low) * n for v, (low, high), n in zip(pair, ranges, size, strict=True))
-        for pair in zip(x.tolist(), y.tolist(), strict=True)
-    ]
+@dataclass(frozen=True)
+class Panel:
+    """Where values are in a panel, in pixels from its lower left corner."""
+
+    x_range: Sequence[float]
+    y_range: Sequence[float]
+    wide: bool
+    size: tuple[float, float]
+
+    def pixels(self, x: float, y: float) -> tuple[float, float]:
+        """Place of a point; what a logarithmic axis cannot show is at its lower end."""
+        low = self.x_range[0]
+        along = (math.log10(x) if x > 0 else low) if self.wide else x
+        return (
+            (along - low) / (self.x_range[1] - low) * self.size[0],
+            (y - self.y_range[0]) / (self.y_range[1] - self.y_range[0]) * self.size[1],
+        )
+
+    def bars(self, x: float, y: float, x_half: float, y_half: float) -> list[Box]:
+        """Boxes around a mark's intervals."""
+        left, up = self.pixels(x, y)
+        start, end = self.pixels(x - x_half, y - y_half), self.pixels(x + x_half, y + y_half)
+        return [(start[0], up - 1, end[0], up + 1), (left - 1, start[1], left + 1, end[1])]
+
+
+def _numbers(figure: Figure, points: pd.DataFrame, defenses: Sequence[str], panel: Panel, axis: str) -> None:
+    """Each mark's number beside it, with a line to the mark if it is further away."""
+    columns = (points[name].fillna(0) for name in ("leakage", "utility", "leakage_half", "utility_half"))
+    rows = list(zip(*columns, strict=True))
+    marks = [panel.pixels(x, y) for x, y, *_ in rows]
     words = [str(list(defenses).index(name) + 1) for name in points["defense"]]
-    ringed = bool((points["group"] != "").any())
-    mark = MARK + 10 if ringed else MARK
-    places = label_places(marks, [(8 * len(word) + 4, 15) for word in words], mark, size)
-    axis = "" if not panel else str(panel + 1)
-    for word, at, where, (across, up) in zip(words, zip(x, y, strict=True), marks, places, strict=True):
+    mark = MARK + 9 if bool((points["group"] != "").any()) else MARK
+    bars = [box for row in rows for box in panel.bars(*row)]
+    places = label_places(marks, [(8 * len(word) + 2, 14) for word in words], mark, panel.size, bars)
+    for word, (x, y, *_), start, end in zip(words, rows, marks, places, strict=True):
+        across, up = end[0] - start[0], end[1] - start[1]
+        offset: dict[str, Any] = {"showarrow": False, "xshift": across, "yshift": up}
+        if math.hypot(across, up) > mark / 2 + 14:
+            offset = {"showarrow": True, "ax": across, "ay": -up, "standoff": mark / 2, "arrowhead": 0}
+            offset |= {"arrowwidth": 0.8, "arrowcolor": QUIET}
         figure.add_annotation(
-            x=float(at[0]),
-            y=float(at[1]),
+            x=math.log10(x) if panel.wide else x,
+            y=y,
             xref=f"x{axis}",
             yref=f"y{axis}",
-            ax=across - where[0],
-            ay=where[1] - up,
             text=word,
-            showarrow=True,
-            arrowhead=0,
-            arrowwidth=0.8,
-            arrowcolor=QUIET,
-            standoff=mark / 2,
             xanchor="center",
             yanchor="middle",
             borderpad=0,
             font={"size": 13, "color": INK},
+            **offset,
         )
 
 
