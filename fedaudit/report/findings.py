@@ -133,7 +133,8 @@ def _differences(part: pd.DataFrame) -> str:
     start = f"{name}: {number(first['baseline_mean'])}{unit} under {first['baseline']}"
     if len(part) > MAX_TOLD:  # the intervals are in the table of differences
         words = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items())
-        return f"{start}. By 95 % intervals of the differences paired by seed, {words}.{tail}"
+        words = words.replace("; one seed, no interval", " (one seed, no interval)")
+        return f"{start}. By the differences paired by seed and their 95 % intervals, {words}.{tail}"
     return f"{start}; {'; '.join(told)}.{tail}"
 
 
@@ -177,7 +178,10 @@ def _exposed(rows: pd.DataFrame) -> list[str]:
                 f"(median client: {middle}{unit})"
             )
     label = _lower(describe(names[0]).label)
-    return [f"Most exposed by {label} ({observer}), mean over rounds: {'; '.join(told)}."] if told else []
+    rest = part["defense"].nunique() - len(shown)
+    more = f" (and {rest} more defenses)" if rest else ""
+    start = f"Most exposed by {label} ({observer}), mean over rounds"
+    return [f"{start}: {'; '.join(told)}{more}."] if told else []
 
 
 def _attacks(rows: pd.DataFrame) -> list[str]:

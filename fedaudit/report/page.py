@@ -13,7 +13,7 @@ from fedaudit.report.display import by_variation, comparison_text, count, interv
 from fedaudit.report.document import document
 from fedaudit.report.evidence import Evidence, Runs, gather
 from fedaudit.report.figures import by_defense, over_rounds
-from fedaudit.report.findings import findings, reading
+from fedaudit.report.findings import MAX_TOLD, findings, reading
 from fedaudit.report.guarantees import NO_GUARANTEE
 from fedaudit.report.heat_map import heat_map
 from fedaudit.report.pareto import measured_against, pareto_points
@@ -149,9 +149,12 @@ def _differences(evidence: Evidence) -> list[str]:
     parts = [markup.paragraph(note, "quiet"), markup.paragraph(template.BOOTSTRAP, "quiet")]
     for label, part in by_variation(frame):
         parts.append(_variation(label) if label else "")
+        many = part["defense"].nunique() > MAX_TOLD  # then a click opens each
         for defense, mine in part.groupby("defense", sort=False):
-            parts.append(f"<h3>{markup.text(defense)}</h3>")
-            parts.append(markup.table(*_differences_text(mine, baseline)))
+            drawn = markup.table(*_differences_text(mine, baseline))
+            name = markup.text(defense)
+            opened = f"<details><summary>{name}</summary>{drawn}</details>"
+            parts.append(opened if many else f"<h3>{name}</h3>{drawn}")
     return parts
 
 

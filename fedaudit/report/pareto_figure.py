@@ -11,6 +11,7 @@ import pandas as pd
 from fedaudit.report.label_places import Box, label_places
 from fedaudit.report.quantities import describe, with_unit
 from fedaudit.report.style import (
+    ENTRY,
     INK,
     QUIET,
     Figure,
@@ -25,7 +26,7 @@ from fedaudit.report.style import (
 )
 
 PAGE, PANEL, MARK = 1100, 320, 13  # pixels: width of the figure on a page, height of a panel, a mark
-LEFT, RIGHT, TOP, GAP, ENTRY = 70, 22, 72, 78, 21  # pixels: margins, between panels, an entry of the legend
+LEFT, RIGHT, TOP, GAP = 70, 22, 72, 78  # pixels: margins, and between panels
 BETWEEN = 0.09  # share of the width
 GROUP_COLOURS = ("#7A3E9D", "#8A6D1B", "#2F7F79", "#A23B52")
 

@@ -22,6 +22,7 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
+ENTRY = 29  # pixels of a legend's line
 INK, QUIET, RULE, GRID = "#1f2933", "#52606d", "#9aa5b1", "#e3e7eb"
 
 
@@ -74,7 +75,7 @@ def lay_out(
     kinds = ", ".join(dict.fromkeys(part["kind"]))
     observers = ", ".join(dict.fromkeys(part["observer"]))
     note = f"observer: {safe(observers)} · {safe(kinds)} · {note}"
-    style_figure(figure, describe(quantity).label, note, legend, height or 330 + 24 * len(legend))
+    style_figure(figure, describe(quantity).label, note, legend, height or 330 + ENTRY * len(legend))
 
 
 def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], height: int) -> None:
@@ -96,7 +97,7 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
         },
         font=size,
         height=height,
-        margin={"t": 72, "b": 62 + 24 * len(legend), "l": 72, "r": 16},
+        margin={"t": 72, "b": 62 + ENTRY * len(legend), "l": 72, "r": 16},
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
         hovermode="closest",
@@ -108,6 +109,7 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
             "yref": "container",
             "yanchor": "bottom",
             "font": {"size": 12},
+            "maxheight": max(30, ENTRY * len(legend) + 16),
         },
     )
     axis = {
