@@ -21,7 +21,7 @@ from fedaudit.report.pareto_figure import described, pareto_figure
 from fedaudit.report.provenance import audited, configuration, notices, run_list, versions
 from fedaudit.report.quantities import PRIVACY, describe, with_unit
 from fedaudit.report.seeds import defense_of, quantities_in, seed_of, shown_observer
-from fedaudit.report.style import only, unit_of
+from fedaudit.report.style import only, styles, unit_of, without_legend
 from fedaudit.report.tables import comparison_table, paired_differences, problems, settings
 
 MAX_PROBLEMS, MAX_HEAT_MAPS, TRANSPOSE_UP_TO = 200, 6, 5
@@ -211,6 +211,7 @@ def _over_rounds(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
     measured: dict[str, list[tuple[str, pd.DataFrame]]] = {}
     for (quantity, observer), part in rows.groupby(["quantity", "observer"]):
         measured.setdefault(str(quantity), []).append((str(observer), part))
+    many = len(defenses) > TRANSPOSE_UP_TO
     parts = []
     for role, title in ROLE_TITLES.items():
         plots = []
@@ -220,10 +221,11 @@ def _over_rounds(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
             for observer, part in measured[quantity]:
                 few = part["round"].nunique() < 3 and bool(part["client_id"].notna().all())
                 draw = by_defense if few else over_rounds
-                plots.append(markup.plot(draw(part, quantity, observer, defenses)))
+                figure = draw(part, quantity, observer, defenses)
+                plots.append(markup.plot(without_legend(figure) if many else figure))
         if plots:
             parts += [f"<h3>{title}</h3>", '<div class="plots">' + "\n".join(plots) + "</div>"]
-    return parts
+    return [markup.key(styles(defenses)), *parts] if many and parts else parts
 
 
 def _heat_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
-ENTRY = 29  # pixels of a legend's line
+ENTRY, BELOW = 29, 62  # pixels: a line of the legend, and below a plot without one
 INK, QUIET, RULE, GRID = "#1f2933", "#52606d", "#9aa5b1", "#e3e7eb"
 
 
@@ -97,7 +97,7 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
         },
         font=size,
         height=height,
-        margin={"t": 72, "b": 62 + ENTRY * len(legend), "l": 72, "r": 16},
+        margin={"t": 72, "b": BELOW + ENTRY * len(legend), "l": 72, "r": 16},
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
         hovermode="closest",
@@ -122,6 +122,12 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
     }
     figure.update_xaxes(**axis, title={"standoff": 8, "font": {"size": 13}}, automargin=True)
     figure.update_yaxes(**axis, title={"standoff": 10, "font": {"size": 13}}, automargin=True)
+
+
+def without_legend(figure: Figure) -> Figure:
+    """The same figure without its legend and the room for it, where one key serves several figures."""
+    room = int(figure.layout.margin.b) - BELOW
+    return figure.update_layout(showlegend=False, margin_b=BELOW, height=int(figure.layout.height) - room)
 
 
 def value_axis(values: pd.Series, label: str, length: int = 30) -> dict[str, Any]:

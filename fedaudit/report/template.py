@@ -43,6 +43,8 @@ tbody tr:nth-child(even) { background: var(--shade); }
 table.comparison td:first-child, table.reading td:first-child { font-weight: 600; }
 td.short { white-space: nowrap; }
 td.long { overflow-wrap: anywhere; }
+.key { display: flex; flex-wrap: wrap; gap: 2px 22px; list-style: none; padding: 0; font-size: 14px; }
+.key li { margin: 2px 0; }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 18px 26px; align-items: start; }
 .plots > .plot { min-width: 0; }
 .plot { width: 100%; margin: 6px 0; break-inside: avoid; }

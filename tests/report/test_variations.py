@@ -161,3 +161,16 @@ def test_latex_is_ascii_and_every_special_is_escaped():
         inside = re.sub(r"\\[{}]", "", line)
         assert inside.count("{") == inside.count("}")
         assert not line.startswith("[")
+
+
+def test_one_key_serves_the_figures_over_rounds_of_many_defenses(tmp_path: Path):
+    names = ["none", "sign", "top-k", "gaussian", "quantize", "withhold"]
+    few, many = (
+        render([varied_run(tmp_path / str(n), 8, name, 0, 0.5) for name in names[:n]]) for n in (5, 6)
+    )
+    for page, keys in ((few, 0), (many, 1)):
+        section = page[page.index('<section id="rounds"') :].split("</section>")[0]
+        assert section.count('<ul class="key">') == keys
+        figures = re.findall(r'<script type="application/json">(.*?)</script>', section)
+        shown = {json.loads(figure)["layout"]["showlegend"] for figure in figures}
+        assert (True in shown) == (not keys)
