@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measurement import keep
+from benchmarks.picture import write_figure
 from fedaudit.measures.club import club, fit_conditional
 from fedaudit.measures.critics import Estimator, fit_critic
 from fedaudit.measures.mi_bounds import donsker_varadhan, gaussian_channel, infonce, nwj, smile
@@ -37,7 +38,7 @@ VALUES: dict[Estimator, Callable[[Tensor], Tensor]] = {
     "mine": donsker_varadhan,
     "smile": smile,
 }
-FIGURE = Path(__file__).parent / "figures" / "mutual_information.html"
+SHOWN = {"infonce": "InfoNCE", "nwj": "NWJ", "mine": "DV (MINE)", "smile": "SMILE(5)", "club": "CLUB"}
 FAINT = 1e-7
 
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=400, help="estimates with the optimal critic")
     parser.add_argument("--null-rounds", type=int, default=20, help="of ten clients each")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--chromium", help="a browser that turns the figure into a PNG")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,7 +85,8 @@ def main() -> None:
     }
     keep("mutual_information", results, options.output)
     if options.output is None:
-        draw(staircase, math.log(options.batch)).write_html(FIGURE, include_plotlyjs="cdn")
+        figure = draw(staircase, math.log(options.batch))
+        write_figure(figure, "mutual_information", options.chromium, 1200, 560)
 
 
 def correlated(truth: float, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
@@ -233,13 +236,14 @@ def draw(staircase: dict[str, list[dict[str, Any]]], ceiling: float) -> go.Figur
                 x=TRUTHS,
                 y=[row[name]["mean"] for row in rows],
                 error_y={"array": [row[name]["sd"] for row in rows]},
-                name=name,
+                name=SHOWN[name],
                 legendgroup=name,
                 showlegend=column == 1,
                 line={"color": colour},
                 row=1,
                 col=column,
             )
+    figure.update_layout(margin={"t": 50, "b": 60, "l": 70, "r": 20}, template="plotly_white")
     figure.update_xaxes(title="information, nats").update_yaxes(range=[-1, 22])
     return figure.update_yaxes(title="estimate, nats (mean, one standard deviation)", col=1)
 

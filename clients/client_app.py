@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
 from fedaudit.app import Setup, setup
+from fedaudit.defenses.chain import central
 from fedaudit.errors import ConfigError
 from fedaudit.flower.arrays import copy_into, from_state_dict, to_state_dict
 from fedaudit.flower.messages import LEAKAGE, MEASURE_PREFIX, encode_finding, reply
@@ -69,7 +70,8 @@ def train(message: Message, context: Context) -> Message:
     for name, finding, seconds in self_audit(made, client, round_number, arrays, after, guarantee, stated):
         beside[f"{MEASURE_PREFIX}{name}"] = encode_finding(finding, seconds)
     metrics: dict[str, float | int] = {"num-examples": len(y)}
-    if guarantee is None:  # the loss is a function of the data that no noise protects
+    # the loss is a function of the data that no noise protects, and no sum hides
+    if guarantee is None and made.secure is None and central(made.defense) is None:
         metrics["train-loss"] = result.loss
     return reply(message, from_state_dict(after), metrics, beside)
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from importlib import import_module, metadata
@@ -31,11 +31,13 @@ from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
 from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
+from fedaudit.defenses.chain import secure_part
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import DEFENSES
 from fedaudit.round_release import check_signal, plan, release_behind
+from fedaudit.secure_sum import SecureSum, check_secure
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
@@ -119,6 +121,12 @@ class Setup:
             return built.over_rounds(rounds)
         return plan(built, self.settings(1), rounds)
 
+    @cached_property
+    def secure(self) -> SecureSum | None:
+        """Secure aggregation, if it is in force."""
+        part = secure_part(self.defense)
+        return SecureSum(part, self.config.seed) if part is not None else None
+
     def settings(self, round_number: int, proximal_mu: float = 0.0) -> TrainSettings:
         """Local training in a round."""
         train = self.config.train
@@ -189,7 +197,10 @@ class Setup:
         return LocalEvidence(x, y, self.release_of(update))
 
     def truth(self, update: ClientUpdate) -> Truth:
-        """The examples a client used in this round, each once (an oracle's view)."""
+        """The examples a client used in this round, each once (an oracle's view); of a sum, all clients'."""
+        if update.summed:
+            parts = [self.truth(replace(update, client_id=each, summed=())) for each in update.summed]
+            return Truth(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
         x, y = self.client_data(update.client_id)
         used = torch.cat([*self.batches(update.client_id, update.round), torch.empty(0, dtype=torch.int64)])
         rows = torch.unique(used)
@@ -253,12 +264,13 @@ def check(config: RunConfig) -> Setup:
 
     _check_machine(config)
     made = setup(config.flat())
+    central_parts = reference_module("strategies.central")
     with _about("strategy.name", config.strategy.name):
         build_strategy = reference_module("strategies.flower_strategies").build_strategy
         strategy = build_strategy(
             config.strategy.name,
             clients=made.clients,
-            fraction_train=config.federation.fraction_train,
+            fraction_train=central_parts.inner_fraction(made),
             min_available=made.clients,
         )
     with _about("audit.measures", config.audit.measures):
@@ -278,6 +290,7 @@ def check(config: RunConfig) -> Setup:
         prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
         made.defense.restore(prepared)
         check_signal(made.defense, config.audit)
+        central_parts.protected(strategy, made)
         private = made.defense.guarantee(Ledger(), sizes[0]) is not None
     if hasattr(strategy, "train_loss_key") and private:
         raise ConfigError(
@@ -285,6 +298,9 @@ def check(config: RunConfig) -> Setup:
             f"{config.defense.name!r}: it weights clients by their training loss, "
             "which the defense keeps private"
         )
+    if made.secure is not None:
+        enough = reference_module("strategies.flower_strategies").SUM_SUFFICES
+        check_secure(config, made.secure, enough, max(sizes))
     return made
 
 

@@ -1,7 +1,7 @@
 """The rows that come of one round's findings: what a measure, a client or the server's checks say, flat."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedaudit.records import AuditRecord, Status
@@ -102,8 +102,12 @@ class AuditRows:
         seconds: float,
         update: ClientUpdate | None,
     ) -> None:
-        """What the server or the oracle measured."""
+        """What the server or the oracle measured; what it measured on a sum belongs to no client."""
         client, node = (update.client_id, update.node_id) if update is not None else (None, None)
+        if update is not None and update.summed:
+            client = node = None
+            if isinstance(finding, Estimate):
+                finding = replace(finding, extra={**finding.extra, "sum-of-clients": len(update.summed)})
         self._finding(client, node, quantity, unit, observer, finding, seconds)
 
     def _finding(

@@ -21,6 +21,7 @@ from fedaudit.needs import missing
 from fedaudit.progress import announce
 from fedaudit.records import AuditLog, AuditRecord
 from fedaudit.registry import ATTACKS, MEASURES
+from fedaudit.secure_sum import context_of_sum
 from fedaudit.spec import parse_specs
 from fedaudit.types import (
     Attack,
@@ -53,7 +54,7 @@ def run_measure(
 ) -> tuple[list[Finding], float]:
     """One finding per update (or exactly one for a round-wise measure), and the seconds they took."""
     count = len(updates) if measure.scope == "client" else 1
-    lacking = missing(measure.needs(observer), ctx.known)
+    lacking = missing(measure.needs(observer), ctx.known, ctx.summed)
     if lacking:
         return [Skip(lacking)] * count, 0.0
     started = time.perf_counter()
@@ -153,18 +154,29 @@ class Auditor:
         rejected: Sequence[Rejection] = (),
         findings: Sequence[ClientFinding] = (),
         guarantees: Mapping[int, Guarantee] | None = None,
+        behind: Sequence[ClientUpdate] = (),
     ) -> list[AuditRecord]:
-        """Measure and attack one round's updates, write the rows, and return them."""
+        """Measure and attack one round's updates, write the rows, and return them.
+
+        Args:
+            round_number: from 1.
+            updates: what the server sees: single updates, or one that is their sum.
+            rejected: replies that were not usable.
+            findings: what clients measured about themselves.
+            guarantees: what each client states, by client id.
+            behind: the single updates behind a sum, which an oracle sees and the server does not.
+        """
         self._start(round_number)
         ordered = sorted(updates, key=lambda update: update.client_id)
         self._guarantees = dict(guarantees or {})
         rows = AuditRows(self.run_id, round_number, self.defense, self._guarantees)
         for rejection in rejected:
             rows.reject(rejection)
-        for update in ordered:
+        single = sorted(behind, key=lambda update: update.client_id) or ordered
+        for update in single:
             rows.reported(update)
         if self.due(round_number) and ordered:
-            self._measure(ordered, rows)
+            self._measure(ordered, single, rows)
             for found in findings:
                 rows.client_finding(found, self._unit(found.measure))
         if self.save_updates and self.log and self.due(round_number):
@@ -240,12 +252,17 @@ class Auditor:
             shared={},
         )
         contexts: dict[Observer, RoundContext] = {"server": server}
-        if "oracle" in self.observers and self.oracle is not None:
+        if updates[0].summed:
+            contexts["server"] = context_of_sum(server, updates[0])
+        elif "oracle" in self.observers and self.oracle is not None:
             contexts["oracle"] = replace(server, observer="oracle", evidence=self.oracle.evidence)
         return contexts
 
-    def _measure(self, updates: Sequence[ClientUpdate], rows: AuditRows) -> None:
-        contexts = self._contexts(updates)
+    def _measure(self, seen: Sequence[ClientUpdate], single: Sequence[ClientUpdate], rows: AuditRows) -> None:
+        """The server measures what it sees, the oracle every single update."""
+        contexts = self._contexts(seen)
+        if single is not seen:
+            contexts = self._contexts(single) | contexts
         jobs = [
             (measure, observer)
             for measure in self.measures
@@ -253,6 +270,7 @@ class Auditor:
             if observer in measure.observers and observer in self.observers
         ]
         for number, (measure, observer) in enumerate(jobs, 1):
+            updates = seen if observer == "server" else single
             ctx = contexts.get(observer)
             if ctx is None:
                 findings: list[Finding] = [Skip("needs an oracle, which exists in simulation only")] * len(
@@ -266,7 +284,7 @@ class Auditor:
                 rows.add(
                     measure.name, measure.unit, observer, finding, seconds / max(len(targets), 1), update
                 )
-            announce("audit", number, len(jobs) + len(self.attacks), updates[0].round, name=measure.name)
+            announce("audit", number, len(jobs) + len(self.attacks), seen[0].round, name=measure.name)
 
     def _attacked(
         self, round_number: int, updates: Sequence[ClientUpdate], rows: AuditRows
@@ -282,7 +300,7 @@ class Auditor:
         if not updates:
             return
         ctx = self._contexts(updates)["server"]
-        lacking = missing(attack.needs, ctx.known)
+        lacking = missing(attack.needs, ctx.known, ctx.summed)
         for number, update in enumerate(updates, 1):
             started = time.perf_counter()
             if lacking:

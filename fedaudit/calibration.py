@@ -33,7 +33,7 @@ from fedaudit.measures.ghost_kernels import example_gradients
 from fedaudit.progress import announce
 from fedaudit.rank_correlation import rank_correlation
 from fedaudit.records import Run, load_run
-from fedaudit.registry import ATTACKS, MEASURES
+from fedaudit.registry import ATTACKS, MEASURES, shows_sums_only
 from fedaudit.spec import parse_specs
 from fedaudit.training import client_seed, train_locally, weights_to_send
 from fedaudit.types import Attack, ClientUpdate, Measure, PerExample, RoundContext
@@ -57,8 +57,8 @@ def calibrate(config: RunConfig, folder: Path) -> tuple[list[Run], pd.DataFrame]
         ("membership-advantage", "<attack>.psnr") and one per measure, "<measure> (<observer>)".
 
     Raises:
-        ConfigError: if an attacked round is not audited, the oracle does not measure, or something else
-            than defense and seed is varied.
+        ConfigError: if an attacked round is not audited, the oracle does not measure, a defense shows the
+            server no single update, or something else than defense and seed is varied.
         RunFailedError: if a run stopped before its last round.
     """
     if config.compare.vary.strip():
@@ -77,6 +77,12 @@ def calibrate(config: RunConfig, folder: Path) -> tuple[list[Run], pd.DataFrame]
         raise ConfigError(
             f"calibration follows the same clients through all rounds, got federation.fraction-train = "
             f"{config.federation.fraction_train}: set it to 1"
+        )
+    hiding = [str(spec) for spec in config.defense_specs() if shows_sums_only(str(spec))]
+    if hiding:
+        raise ConfigError(
+            f"calibration relates measures of single clients to attacks on them, got compare.defenses with "
+            f"{hiding[0]!r}, which hides them: leave it out"
         )
     runs, points = [], []
     for each in comparisons(config.with_(audit__save_updates=True, attack__names=""), folder):

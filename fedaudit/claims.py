@@ -136,20 +136,38 @@ class Weights:
     """How the aggregate weights the clients; the noise must fit the largest weight.
 
     Attributes:
-        rule: 1/n each ("uniform") or each client's share of the examples ("num-examples").
+        rule: 1/n each ("uniform"), each client's share of the examples ("num-examples"), or its examples up
+            to a limit over a fixed number ("capped").
         cap: no weight is larger than this; None means that no cap is claimed.
+        divisor: what uniform and capped weights are divided by, whoever replied; None means by n.
+        most_examples: the limit of "capped".
     """
 
-    rule: Literal["uniform", "num-examples"] = "uniform"
+    rule: Literal["uniform", "num-examples", "capped"] = "uniform"
     cap: float | None = None
+    divisor: float | None = None
+    most_examples: int = 0
 
     def __post_init__(self) -> None:
         if self.cap is not None:
             _share("cap", self.cap)
+        if self.divisor is not None:
+            _positive("divisor", self.divisor)
+        if (self.rule == "capped") != (self.most_examples > 0) or (
+            self.rule == "capped" and self.divisor is None
+        ):
+            raise ValueError(
+                f"capped weights state most_examples and divisor, got rule={self.rule!r}, "
+                f"most_examples={self.most_examples}, divisor={self.divisor}: state both, or neither"
+            )
+        if self.rule == "num-examples" and self.divisor is not None:
+            raise ValueError(f"shares of the examples have no divisor, got {self.divisor}: leave it out")
 
     def __str__(self) -> str:
         cap = "" if self.cap is None else f", none above {self.cap:.4g}"
-        return f"aggregation weights: {self.rule}{cap}"
+        most = f" at {self.most_examples} examples" if self.most_examples else ""
+        over = "" if self.divisor is None else f", divided by {self.divisor:.4g} whoever replies"
+        return f"aggregation weights: {self.rule}{most}{over}{cap}"
 
 
 @dataclass(frozen=True)
@@ -220,11 +238,13 @@ class AdaptiveClipping:
         quantile: share of updates that shall not be clipped.
         lr: step size of the logarithm of the clip norm.
         count_std: standard deviation of the noise on the number of updates within the norm.
+        cohort: n where it is fixed beforehand, a missing update counting as half; None means the replies.
     """
 
     quantile: float = 0.5
     lr: float = 0.2
     count_std: float = 0.0
+    cohort: float | None = None
 
     def __post_init__(self) -> None:
         _positive("lr", self.lr)
@@ -232,6 +252,8 @@ class AdaptiveClipping:
             raise ValueError(f"quantile must lie in [0, 1], got {self.quantile}: it is a share of updates")
         if not self.count_std >= 0:
             raise ValueError(f"count_std must be >= 0, got {self.count_std}: 0 means no noise")
+        if self.cohort is not None:
+            _positive("cohort", self.cohort)
 
     def __str__(self) -> str:
         return f"clip norm moves towards the {self.quantile:.4g} quantile of update norms"

@@ -22,6 +22,7 @@ from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import ATTACKS
 from fedaudit.report.tables import records_summary
+from fedaudit.secure_sum import SUM, context_of_sum
 from fedaudit.spec import Spec, parse_spec
 from fedaudit.types import ClientUpdate, Guarantee, RoundContext
 
@@ -151,14 +152,16 @@ def stated_guarantees(run: Run) -> dict[int, dict[int, Guarantee]]:
 def diagnose_run(run: Run, client: int, round_number: int) -> tuple[ThreatCard, list[Advice]]:
     """Under which conditions an update of a run was made, and which attacks apply to it.
 
-    The update itself need not have been kept: settings and model decide.
+    The update itself need not have been kept: settings and model decide. Under secure aggregation it is the
+    sum over all clients of the run that is judged: a server sees no other.
 
     Raises:
         RecordError: if the run has no configuration, or no such update.
     """
     made = setup_of(run)
     rows = run.records
-    rows = rows[(rows["round"] == round_number) & (rows["client_id"] == client) & (rows["status"] == "ok")]
+    whose = rows["client_id"] == client if made.secure is None else rows["client_id"].isna()
+    rows = rows[(rows["round"] == round_number) & whose & (rows["status"] == "ok")]
     if not len(rows):
         raise RecordError(
             f"a diagnosis needs a round in which the client's update was used, got round {round_number} and "
@@ -169,6 +172,11 @@ def diagnose_run(run: Run, client: int, round_number: int) -> tuple[ThreatCard, 
     examples = len(made.partitions[client])
     update = ClientUpdate(client, round_number, model.state_dict(), {}, examples)
     ctx = replace(made.context(round_number), num_updates=made.clients)
+    if made.secure is not None:  # all that a server can attack is the sum of everybody's updates
+        everybody = tuple(range(made.clients))
+        total = sum(len(rows) for rows in made.partitions)
+        update = replace(update, client_id=SUM, num_examples=total, summed=everybody)
+        ctx = context_of_sum(ctx, update)
     card = threat_card(model, update, ctx, {}, made.config.defense.name)
     attacks = [entry.load()() for entry in map(ATTACKS.__getitem__, ATTACKS)]
     return card, diagnose(attacks, update, ctx, card)

@@ -49,9 +49,10 @@ class AuditRecord:
         high: upper end of an interval.
         observer: server, client or oracle: who could have computed it.
         defense: the defense in force.
-        epsilon: the client's example-level epsilon after this round, if there is a guarantee.
+        epsilon: the client's epsilon after this round, if there is a guarantee; of every client where
+            `client_id` is None.
         delta: the delta epsilon is stated at.
-        privacy_unit: "example" or "client".
+        privacy_unit: "example" or "client": whose presence is protected.
         accountant: how epsilon was composed.
         seconds: time the number cost.
         status: ok, skipped, failed or rejected.

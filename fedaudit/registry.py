@@ -269,6 +269,10 @@ DEFENSES = Registry(
             "clips the update and adds Gaussian noise to all of it, client-level guarantee",
             "fedaudit.defenses.gaussian:GaussianUpdate",
         ),
+        "central-dp": (
+            "the server clips, averages and adds noise: client-level guarantee against all but the server",
+            "fedaudit.defenses.central_dp:CentralPrivacy",
+        ),
         "top-k": (
             "sends the largest coordinates of the update (per layer: gradient pruning)",
             "fedaudit.defenses.sparsify:TopK",
@@ -286,11 +290,28 @@ DEFENSES = Registry(
             "sends nothing of the named layers",
             "fedaudit.defenses.withhold_layers:WithholdLayers",
         ),
+        "secure-aggregation": (
+            "the server sees the sum of the clients' updates and no single one (simulation only)",
+            "fedaudit.defenses.secure_aggregation:SecureAggregation",
+        ),
     },
     joined_by="fedaudit.defenses.chain:chain",
 )
 WITHIN_STEPS = frozenset({"none", "dp-sgd", "leakage-adaptive"})
-"""Defenses that protect by how a local step is released; all others change the finished update."""
+"""Defenses that protect by how a local step is released."""
+SUMS_ONLY = frozenset({"secure-aggregation"})
+"""Defenses that change no update and hide single ones from the server."""
+AT_SERVER = frozenset({"central-dp"})
+"""Defenses that protect the aggregate; the update that a server sees is as without them."""
+
+
+def parts_of(defense: str) -> list[str]:
+    """Names of a defense's parts, as written in its spec, without their options.
+
+    >>> parts_of("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
+    ['dp-sgd', 'top-k']
+    """
+    return [part.partition("(")[0].strip() for part in defense.split(" then ")]
 
 
 def changes_update(defense: str) -> list[str]:
@@ -299,5 +320,14 @@ def changes_update(defense: str) -> list[str]:
     >>> changes_update("dp-sgd(epsilon=8) then top-k(fraction=0.1)")
     ['top-k']
     """
-    names = [part.partition("(")[0].strip() for part in defense.split(" then ")]
-    return [name for name in names if name in DEFENSES and name not in WITHIN_STEPS]
+    elsewhere = WITHIN_STEPS | SUMS_ONLY | AT_SERVER
+    return [name for name in parts_of(defense) if name in DEFENSES and name not in elsewhere]
+
+
+def shows_sums_only(defense: str) -> bool:
+    """Whether a defense, as written in its spec, hides single updates from the server.
+
+    >>> shows_sums_only("dp-sgd(epsilon=8) then secure-aggregation(threshold=3)")
+    True
+    """
+    return not SUMS_ONLY.isdisjoint(parts_of(defense))

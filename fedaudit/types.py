@@ -59,6 +59,8 @@ class ClientUpdate:
         client_id: the data partition where it is known, else the node's id.
         node_id: the node's id in the federation.
         round: server round, from 1.
+        summed: the clients whose updates this is the weighted mean of, where a server sees nothing else
+            (secure aggregation); client_id is -1 then and num_examples their total. Empty for one client's.
         before: the parameters and buffers that were broadcast, by name.
         delta: returned minus broadcast, by name, for floating-point entries.
         num_examples: number of local examples the client states.
@@ -72,6 +74,7 @@ class ClientUpdate:
     num_examples: int
     reported: Mapping[str, float] = field(default_factory=dict)
     node_id: int = 0
+    summed: tuple[int, ...] = ()
 
     @cached_property
     def flat(self) -> Tensor:
@@ -131,6 +134,7 @@ class RoundContext:
         seed: seed of everything random the observer does in this round.
         device: where to compute.
         num_updates: valid updates in this round.
+        summed: how many clients' updates the one that is seen is the sum of; 0 where single ones are seen.
         shared: what measures of this round computed for one another, by name; not an input.
     """
 
@@ -153,6 +157,7 @@ class RoundContext:
     seed: int = 0
     device: str = "cpu"
     num_updates: int = 0
+    summed: int = 0
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def steps(self, update: ClientUpdate) -> int | None:
@@ -169,6 +174,7 @@ class RoundContext:
         trained = self.lr is not None and (self.local_steps or self.local_epochs) and self.batch_size
         pieces = {
             Needs.COHORT: self.num_updates >= 2,
+            Needs.SINGLE: not self.summed,
             Needs.MODEL: self.build_model is not None and self.loss is not None,
             Needs.TRAINING: bool(trained),
             Needs.SHAPE: self.input_shape is not None and self.num_classes is not None,

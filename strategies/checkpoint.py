@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -23,6 +23,21 @@ from fedaudit.flower.arrays import numpy_arrays
 FILE = "checkpoint.safetensors"
 _STATE = "state"
 _SCALARS = (int, float, bool, str)
+_OWN = "own-state"
+"""Stands for an attribute where a wrapper says itself what it keeps."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A strategy of ours whose next round depends on earlier ones."""
+
+    def state_to_keep(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        ...
+
+    def take_state(self, kept: Mapping[str, Any]) -> None:
+        """Continue from what `state_to_keep` returned."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,9 @@ def restore(strategy: Strategy, values: Mapping[str, Any]) -> None:
             grouped[owner][attribute] = value
     for depth, layer in enumerate(_layers(strategy)):
         for attribute, value in grouped.get(str(depth), {}).items():
+            if attribute == _OWN and isinstance(layer, Keeping):
+                layer.take_state(value)
+                continue
             setattr(layer, attribute, _shaped(value) if isinstance(value, dict) else value)
 
 
@@ -120,14 +138,18 @@ def _layers(strategy: Strategy) -> list[Strategy]:
 
 
 def _state(strategy: Strategy) -> list[tuple[str, Any]]:
-    """Arrays and numbers that Flower's strategies keep between rounds, by 'depth|attribute|key'.
+    """What strategies keep between rounds, by 'depth|attribute|key': arrays and numbers of Flower's, and what
+    those of ours say themselves.
 
     Arithmetic on an array of no dimension gives a numpy scalar: it counts as such an array.
     """
     found: list[tuple[str, Any]] = []
     for depth, layer in enumerate(_layers(strategy)):
+        if isinstance(layer, Keeping):
+            found.append((f"{depth}|{_OWN}", layer.state_to_keep()))
+            continue
         if type(layer).__module__.split(".")[0] != "flwr":
-            continue  # our own wrappers are rebuilt from the configuration
+            continue  # our other wrappers are rebuilt from the configuration
         configured = inspect.signature(type(layer)).parameters
         for attribute, value in vars(layer).items():
             if attribute in configured:

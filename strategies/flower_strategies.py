@@ -16,6 +16,8 @@ WRAPS = "strategy"
 # what the reference client reads and reports; a strategy that used other names would find nothing
 KEYS = {"weighted_by_key": "num-examples", "arrayrecord_key": "arrays", "configrecord_key": "config"}
 LOSS = {"train_loss_key": "train-loss"}
+SUM_SUFFICES = ("FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
+"""Strategies that look at nothing but the weighted mean of the updates."""
 UNUSABLE = {
     "FedXgb": "it aggregates trees, and the models here are networks",
     "DifferentialPrivacyClientSide": "it counts on clipping that the reference client does not do, and noise "

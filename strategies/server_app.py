@@ -25,6 +25,7 @@ from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.training import evaluate
 
 from . import checkpoint
+from .central import inner_fraction, protected
 from .flower_strategies import build_strategy
 from .rounds import SeededRounds
 
@@ -45,6 +46,11 @@ def main(grid: Grid, context: Context) -> None:
     if "oracle" in config.audit.observer_names and not simulated:
         raise ConfigError(
             "the observer 'oracle' exists in simulation only, got a deployment: drop it from audit.observers"
+        )
+    if made.secure is not None and not simulated:
+        raise ConfigError(
+            f"defense.name = {config.defense.name!r} is not allowed in a deployment: secure aggregation is "
+            "simulated, and this server would receive every single update"
         )
     folder = run_folder(config)
     if engine != "in-process" and not config.output.resume and any((folder / "audit").glob("round-*")):
@@ -72,9 +78,10 @@ def main(grid: Grid, context: Context) -> None:
     inner = build_strategy(
         config.strategy.name,
         clients=len(client_ids),
-        fraction_train=federation.fraction_train,
+        fraction_train=inner_fraction(made),
         min_available=len(client_ids),
     )
+    inner = protected(inner, made, auditor)
     signal = _signal(made)
     audited = AuditStrategy(
         inner,
@@ -82,6 +89,7 @@ def main(grid: Grid, context: Context) -> None:
         client_ids=client_ids,
         reject_bad_updates=federation.reject_bad_updates,
         announce=partial(_tell, signal, auditor) if signal else None,
+        secure=made.secure,
     )
     with auditor.held():
         run(grid, made, auditor, audited, folder, signal)

@@ -12,7 +12,7 @@ __version__ gaussian_mechanism
 accounting rank_correlation linear_probes claims leakage_signal
 measures attacks canaries defenses data models
 auditor audit_rows report training kept_files verification round_release \
-candidate_scores membership_inference shadow_updates
+candidate_scores membership_inference shadow_updates secure_sum
 flower simulation
 app calibration offline_attacks insight cli cli_runs watch __main__ __init__
 strategies clients"""

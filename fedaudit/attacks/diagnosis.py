@@ -6,7 +6,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from fedaudit.attacks.threat_card import SMALL_BATCH, ThreatCard
 from fedaudit.needs import missing
-from fedaudit.registry import changes_update
+from fedaudit.registry import changes_update, shows_sums_only
 from fedaudit.types import Attack, ClientUpdate, RoundContext, StepRelease
 
 Verdict = Literal["applies", "weakened", "does not apply"]
@@ -47,6 +47,9 @@ def obstacles(card: ThreatCard, release: StepRelease | None) -> tuple[str, ...]:
     changed = changes_update(card.defense)
     cases = {
         f"{' and '.join(changed)} changed the finished update": bool(changed),
+        "secure aggregation: the examples of all clients share the one sum that is seen": shows_sums_only(
+            card.defense
+        ),
         f"noise of standard deviation {noise:.3g} on each step's sum: no input matches it": noise > 0,
         "per-example clipping: the update is not the gradient of the batch's mean loss": (
             release is not None and release.clip_norm is not None
@@ -81,7 +84,7 @@ def diagnose(
     found = []
     for attack in attacks:
         hard = []
-        if lacking := missing(attack.needs, ctx.known):
+        if lacking := missing(attack.needs, ctx.known, ctx.summed):
             hard.append(lacking)
         if ctx.lr is None and card.optimizer != "sgd":
             hard.append(f"a step of {card.optimizer} is not the learning rate times a gradient")

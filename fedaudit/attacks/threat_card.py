@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from fedaudit.registry import AT_SERVER, parts_of
 from fedaudit.types import ClientUpdate, RoundContext
 
 Grade = Literal["realistic", "favourable", "laboratory"]
@@ -55,7 +56,7 @@ class ThreatCard:
             "inference mode": self.mode == "eval" and (self.batch_norm or self.dropout),
             "labels known to the attacker": self.labels == "known",
             "a model at its initialisation": self.trained_rounds == 0,
-            "no defense": self.defense in ("none", ""),
+            "no defense": set(self.defense.split(" then ")) <= {"none", "", *AT_SERVER},
             "an active server": self.active,
         }
         return tuple(phrase for phrase, holds in cases.items() if holds)
@@ -112,7 +113,7 @@ def threat_card(
         batch_norm=any(isinstance(module, _BATCH_NORM) for module in modules),
         dropout=any(isinstance(module, _DROPOUT) and module.p > 0 for module in modules),
         labels=labels if labels in ("known", "joint", "not used") else "estimated",
-        defense=" then ".join(part.partition("(")[0].strip() for part in defense.split(" then ")),
+        defense=" then ".join(parts_of(defense)),
         trained_rounds=max(0, update.round - 1),
         active=bool(conditions.get("active", False)),
     )

@@ -27,33 +27,39 @@ def digits(root: str = "", download: bool = False) -> Dataset:
     return Dataset("digits", x, y, num_classes=10, class_names=tuple(map(str, range(10))))
 
 
-def patches(root: str = "", download: bool = False, stride: int = SIZE) -> Dataset:
-    """32x32 RGB patches of two photographs (a temple, a flower), whose photograph is the label.
+def patches(root: str = "", download: bool = False, stride: int | None = None, size: int = SIZE) -> Dataset:
+    """RGB patches of two photographs (a temple, a flower), whose photograph is the label.
 
-    Natural image content for reconstruction attacks. With the default stride patches do not overlap and
-    there are 2 * 13 * 20 = 520; below 32 neighbours share pixels, and a random split then puts shared
-    pixels on both sides: test accuracy and membership inference on it mean little.
+    Natural image content for reconstruction attacks. By default patches are 32x32 and do not overlap:
+    there are 2 * 13 * 20 = 520; with `size=16` there are 2 * 26 * 40 = 2080. With a stride below the size
+    neighbours share pixels, and a random split then puts shared pixels on both sides: test accuracy and
+    membership inference on it mean little.
 
     Args:
         root: unused; the photographs come with scikit-learn.
         download: unused.
-        stride: pixels between the corners of neighbouring patches.
+        stride: pixels between the corners of neighbouring patches; `size` if left out.
+        size: height and width of a patch.
 
     Raises:
-        ValueError: if `stride` is not from 1 to 395, the most that leaves two rows of patches.
+        ValueError: if `size` is not from 8 to 213, or `stride` leaves fewer than two rows of patches.
 
     >>> patches().x.shape
     torch.Size([520, 3, 32, 32])
     """
     photographs = load_sample_images().images  # type: ignore[no-untyped-call]
-    most = min(min(p.shape[:2]) for p in photographs) - SIZE
-    if not 1 <= stride <= most:
-        raise ValueError(f"stride must be from 1 to {most} pixels, got {stride}: use e.g. {SIZE}")
+    height = min(min(p.shape[:2]) for p in photographs)
+    if not 8 <= size <= height // 2:
+        raise ValueError(f"size must be from 8 to {height // 2} pixels, got {size}: use e.g. {SIZE}")
+    most = height - size
+    step = size if stride is None else stride
+    if not 1 <= step <= most:
+        raise ValueError(f"stride must be from 1 to {most} pixels, got {step}: use e.g. {size}")
     pieces = []
     for photograph in photographs:
         pixels = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)  # (3, height, width)
-        windows = pixels.unfold(1, SIZE, stride).unfold(2, SIZE, stride)  # (3, rows, columns, 32, 32)
-        pieces.append(windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, SIZE, SIZE))
+        windows = pixels.unfold(1, size, step).unfold(2, size, step)  # (3, rows, columns, size, size)
+        pieces.append(windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size))
     x = torch.cat(pieces).to(torch.float32) / 255.0
     y = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor([len(p) for p in pieces]))
     return Dataset("patches", x, y, num_classes=2, class_names=("china", "flower"))

@@ -11,6 +11,7 @@ from fedaudit.types import Guarantee, StepRelease
 
 if TYPE_CHECKING:
     from fedaudit.accounting import Ledger
+    from fedaudit.defenses.central_dp import CentralPlan
 
 
 @runtime_checkable
@@ -155,4 +156,17 @@ class BudgetedByRound(Protocol):
 
     def over_rounds(self, rounds: int) -> Defense:
         """The same defense for a client that sends one update in each of so many rounds."""
+        ...
+
+
+@runtime_checkable
+class CentralDefense(Defense, Protocol):
+    """A defense that acts on the aggregate, at the server; what a client sends is left as it is.
+
+    The guarantee is about whole clients, against those who see the released models; the server, and an
+    auditor at the server, sees every update before it.
+    """
+
+    def central_plan(self, clients: int, cohort: int) -> "CentralPlan":
+        """What the server does in a federation of so many clients, `cohort` of which are asked in a round."""
         ...

@@ -16,8 +16,9 @@ from fedaudit.claims import (
     QuantizationLevels,
     Sparsity,
 )
-from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
+from fedaudit.defenses.base import BudgetedByRound, CentralDefense, Defense, adaptive
 from fedaudit.defenses.plain_steps import PlainSteps
+from fedaudit.defenses.secure_aggregation import SecureAggregation
 from fedaudit.types import Guarantee, StepRelease
 
 if TYPE_CHECKING:
@@ -32,13 +33,14 @@ class Chain:
     accounts for privacy. Its guarantee is the chain's: what comes after it sees nothing but its output
     (post-processing), and what comes before it is clipped and noised like any other update. Order matters
     for what is sent: "top-k then gaussian" noises every coordinate, "gaussian then top-k" sends the largest
-    noised ones.
+    noised ones. A defense of the aggregate comes last: the server acts on what clients have sent.
 
     Attributes:
         parts: the defenses, two or more.
 
     Raises:
-        ValueError: for fewer than two parts, two that account for privacy, or steps that do not come first.
+        ValueError: for fewer than two parts, two that account for privacy, steps that do not come first, or
+            secure aggregation or a defense of the aggregate that does not come last.
     """
 
     parts: tuple[Defense, ...]
@@ -58,6 +60,16 @@ class Chain:
         if late:
             raise ValueError(
                 f"{late[0]} protects local steps, got it after {self.parts[0].name}: write it first"
+            )
+        summed = next((part for part in self.parts[:-1] if isinstance(part, SecureAggregation)), None)
+        if summed is not None:
+            raise ValueError(
+                f"{summed.name} sums what clients send, got {self.parts[-1].name} after it: write it last"
+            )
+        early = [part.name for part in self.parts[:-1] if isinstance(part, CentralDefense)]
+        if early:
+            raise ValueError(
+                f"{early[0]} acts on the aggregate, got {self.parts[-1].name} after it: write it last"
             )
 
     @property
@@ -126,6 +138,18 @@ def chain(parts: Sequence[Defense]) -> Defense:
     return parts[0] if len(parts) == 1 else Chain(tuple(parts))
 
 
+def secure_part(defense: Defense) -> SecureAggregation | None:
+    """The part that hides single updates from the server; None if they are seen."""
+    last = defense.parts[-1] if isinstance(defense, Chain) else defense
+    return last if isinstance(last, SecureAggregation) else None
+
+
+def central(defense: Defense) -> CentralDefense | None:
+    """The part that acts on the aggregate, at the server; None if there is none."""
+    last = defense.parts[-1] if isinstance(defense, Chain) else defense
+    return last if isinstance(last, CentralDefense) else None
+
+
 def claims_left(stages: Sequence[Sequence[Claim]]) -> tuple[list[Claim], list[Claim]]:
     """What still shows in an update after all stages, and the claims that a later stage hides.
 
@@ -156,4 +180,5 @@ def _survives(claim: Claim, later: Sequence[Claim]) -> bool:
 
 
 def _accounts(part: Defense) -> bool:
-    return not isinstance(part, PlainSteps) or type(part).guarantee is not PlainSteps.guarantee
+    stated = not isinstance(part, PlainSteps) or type(part).guarantee is not PlainSteps.guarantee
+    return stated or isinstance(part, CentralDefense)

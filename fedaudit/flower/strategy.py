@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedaudit.audit_rows import ClientFinding, Rejection
 from fedaudit.auditor import Auditor
+from fedaudit.defenses.secure_aggregation import TooFewClientsError
 from fedaudit.errors import BadUpdateError, ConfigError
-from fedaudit.flower.arrays import to_state_dict
+from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import (
     MEASURE_PREFIX,
     audit_record,
@@ -29,6 +30,7 @@ from fedaudit.flower.messages import (
     metric_keys,
     read_reply,
 )
+from fedaudit.secure_sum import SecureSum
 from fedaudit.types import ClientUpdate, Guarantee
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,15 @@ class AuditStrategy(Strategy):
         auditor: measures, attacks and records.
         client_ids: node id to client id, where it is known; otherwise node ids are recorded.
         reject_bad_updates: hand a reply that breaks a rule on as a failed client, which is what Flower's
-            strategies know how to handle (FedAvg goes on without it; a DP wrapper, whose noise is
-            calibrated to the number of clients, gives up the round). If False it is handed on untouched.
+            strategies know how to handle (FedAvg and CentralDP go on without it; a DP wrapper of
+            Flower's, whose noise is calibrated to the number of clients, gives up the round). If False it
+            is handed on untouched.
         weight_key: the metric that weights a client.
         announce: numbers to add to the train configuration of a round, given its number; None adds none and
             hands the wrapped strategy the very configuration that came in. What is announced must come
             from what clients released and from the server's own data: clients choose noise by it.
+        secure: secure aggregation: audit and wrapped strategy are handed the sum of the valid updates as if
+            one client had sent it, beside failures, and single updates never; None hands on single ones.
 
     Raises:
         ConfigError: if the wrapped strategy overrides `start`, which would bypass the audit.
@@ -63,6 +68,7 @@ class AuditStrategy(Strategy):
         reject_bad_updates: bool = True,
         weight_key: str = "num-examples",
         announce: Callable[[int], Mapping[str, float]] | None = None,
+        secure: SecureSum | None = None,
     ) -> None:
         if type(strategy).start is not Strategy.start:
             raise ConfigError(
@@ -75,6 +81,7 @@ class AuditStrategy(Strategy):
         self.reject_bad_updates = reject_bad_updates
         self.weight_key = weight_key
         self.announce = announce
+        self.secure = secure
         self._broadcast: dict[str, Tensor] = {}
         self._sent: list[Message] = []
 
@@ -101,6 +108,8 @@ class AuditStrategy(Strategy):
         guarantees: dict[int, Guarantee] = {}
         handed_on: list[Message] = []
         usual_keys = _usual_metric_keys(received)
+        # a vote among clients would let one decide about others, which client-level privacy cannot bear
+        alone = bool(getattr(self.strategy, "judges_replies_alone", False))
         for message in received:
             asked = sent.pop(message.metadata.reply_to_message_id, None)
             # an error that the SuperLink made carries its own id, not the lost node's
@@ -116,11 +125,12 @@ class AuditStrategy(Strategy):
                     client_ids=self.client_ids,
                     weight_key=self.weight_key,
                 )
-                if metric_keys(message) != usual_keys:
+                if not alone and metric_keys(message) != usual_keys:
                     raise BadUpdateError(
                         f"clients report the same metrics, got {sorted(metric_keys(message))} "
                         f"instead of {sorted(usual_keys)}"
                     )
+                self._check_weight(update)
                 beside = audit_record(message)
                 guarantee = _guarantee(beside)
                 if guarantee is not None:
@@ -133,15 +143,45 @@ class AuditStrategy(Strategy):
                     str(error) if isinstance(error, BadUpdateError) else f"the reply is unreadable: {error!r}"
                 )
                 rejected.append(Rejection(client, node, reason))
-                replace = self.reject_bad_updates and not message.has_error() and asked is not None
+                refused = self.reject_bad_updates or self.secure is not None
+                replace = refused and not message.has_error() and asked is not None
                 handed_on.append(_as_failure(asked, reason) if replace and asked is not None else message)
         for message in sent.values():
             node = int(message.metadata.dst_node_id)
             rejected.append(
                 Rejection(self.client_ids.get(node, node), node, "no reply within the round's timeout")
             )
-        self.auditor.audit(server_round, updates, rejected, findings, guarantees)
+        behind: list[ClientUpdate] = []
+        if self.secure is not None:
+            failures = [message for message in handed_on if message.has_error()]
+            names = next((message.content for message in handed_on if not message.has_error()), None)
+            summed = self._summed(self.secure, updates, rejected)
+            behind, updates, handed_on = (updates if summed else []), [summed] if summed else [], failures
+            if summed is not None and names is not None:
+                content = _as_one_client(summed, names, self.weight_key)
+                handed_on = [Message(content, reply_to=self._sent[0]), *failures]
+        self.auditor.audit(server_round, updates, rejected, findings, guarantees, behind)
         return self.strategy.aggregate_train(server_round, handed_on)
+
+    def _summed(
+        self, secure: SecureSum, updates: list[ClientUpdate], rejected: list[Rejection]
+    ) -> ClientUpdate | None:
+        """The sum of a round; None, and every update rejected, if too few clients sent one."""
+        nodes = [int(message.metadata.dst_node_id) for message in self._sent]
+        try:
+            return secure(updates, [self.client_ids.get(node, node) for node in nodes]) if updates else None
+        except TooFewClientsError as error:
+            rejected += [Rejection(update.client_id, update.node_id, str(error)) for update in updates]
+            return None
+
+    def _check_weight(self, update: ClientUpdate) -> None:
+        """Raise where secure aggregation has no room for a client's examples."""
+        most = self.secure.most_examples(len(self._sent)) if self.secure is not None else update.num_examples
+        if update.num_examples > most:
+            raise BadUpdateError(
+                f"secure aggregation of {len(self._sent)} clients takes at most {most} examples of each, got "
+                f"{update.num_examples}"
+            )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -170,6 +210,21 @@ def _usual_metric_keys(replies: Iterable[Message]) -> frozenset[str]:
 
 def _as_failure(asked: Message, reason: str) -> Message:
     return Message(Error(code=REJECTED, reason=f"rejected: {reason}"), reply_to=asked)
+
+
+def _as_one_client(summed: ClientUpdate, like: RecordDict, weight_key: str) -> RecordDict:
+    """A sum as the reply of one client that holds all examples, with records named as in another reply."""
+    state = {
+        name: sent + summed.delta[name] if name in summed.delta else sent
+        for name, sent in summed.before.items()
+    }
+    records: dict[str, ArrayRecord | MetricRecord] = {}
+    for name, record in like.items():
+        if isinstance(record, ArrayRecord):
+            records[name] = from_state_dict(state)
+        elif isinstance(record, MetricRecord):
+            records[name] = MetricRecord({weight_key: summed.num_examples})
+    return RecordDict(dict(records))
 
 
 def _guarantee(beside: Mapping[str, Any]) -> Guarantee | None:

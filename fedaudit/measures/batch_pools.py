@@ -13,7 +13,7 @@ from fedaudit.measures.gradient_coordinates import (
     clipped_gradients,
     principal_coordinates,
 )
-from fedaudit.types import Loss, StepRelease
+from fedaudit.types import Loss, RoundContext, Skip, StepRelease
 
 _BLOCK = 2**25  # entries of one block of per-example gradients
 _CACHE = 2**26  # entries of all of them up to which they are kept instead of computed twice
@@ -36,6 +36,20 @@ class Holding:
     sizes: tuple[int, int, int]
     release: StepRelease
     batch: int
+
+
+def no_batch_of_sum(batch: int, ctx: RoundContext) -> Skip | None:
+    """A Skip where a server sees the sum of clients' steps and not as many examples stand in for theirs.
+
+    Information about a smaller batch under the noise of all clients would be another quantity.
+    """
+    wanted = ctx.batch_size or 0
+    if not ctx.summed or batch == wanted:
+        return None
+    return Skip(
+        f"the sum of {ctx.summed} clients' steps holds {wanted} examples, got {batch} to stand in for them: "
+        "give the server more reference examples, or leave the measure's own batch to it"
+    )
 
 
 def split_examples(n: int, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

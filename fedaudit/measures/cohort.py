@@ -132,13 +132,14 @@ def by_weights(
     """One entry per update, in order, measured together with those that started from equal weights.
 
     Raises:
-        ValueError: with the reasons, if every update was skipped.
+        ValueError: with the reasons, if every update was skipped. The sum of a round is one update: its Skip
+            is handed back.
     """
     found: dict[int, Estimate | Skip] = {}
     for positions in same_weights(updates):
         found.update(zip(positions, measure([updates[i] for i in positions]), strict=True))
     done = [found[position] for position in range(len(updates))]
     reasons = dict.fromkeys(entry.reason for entry in done if isinstance(entry, Skip))
-    if done and all(isinstance(entry, Skip) for entry in done):
+    if done and not updates[0].summed and all(isinstance(entry, Skip) for entry in done):
         raise ValueError("; ".join(reasons))
     return done

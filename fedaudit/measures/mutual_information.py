@@ -17,7 +17,13 @@ from fedaudit.measures.batch_critic import (
     train_critic,
 )
 from fedaudit.measures.batch_null import example_permutation_null, exceedance
-from fedaudit.measures.batch_pools import Holding, build_pools, gradient_coordinates, split_examples
+from fedaudit.measures.batch_pools import (
+    Holding,
+    build_pools,
+    gradient_coordinates,
+    no_batch_of_sum,
+    split_examples,
+)
 from fedaudit.measures.cohort import by_weights
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.mi_bounds import (
@@ -158,10 +164,14 @@ class MutualInformation:
                 rule = f"mutual information needs at least {MINIMUM_EXAMPLES} examples to split"
                 owner.append(Skip(f"{rule}, got {len(x)}: give this party more examples"))
             else:
+                holding = self._holding(x, y, release, key, ctx)
+                if unfit := no_batch_of_sum(holding.batch, ctx):
+                    owner.append(unfit)
+                    continue
                 seen[release] = len(holdings)
                 owner.append(len(holdings))
                 keys.append(key)
-                holdings.append(self._holding(x, y, release, key, ctx))
+                holdings.append(holding)
         if not holdings:
             return [entry for entry in owner if isinstance(entry, Skip)]
         estimates = self._estimates(holdings, keys, updates[0].before, ctx)

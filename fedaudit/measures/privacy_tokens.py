@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedaudit.measures.batch_pools import split_examples
+from fedaudit.measures.batch_pools import no_batch_of_sum, split_examples
 from fedaudit.measures.cohort import by_weights
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.local_release import LocalTraining
@@ -200,7 +200,11 @@ class PrivacyTokens:
             return Skip(f"{rule}, got {len(x)}: give this party more examples")
         parts = split_examples(len(x), self.examples, generator_for(ctx, self.name, "split", key))
         batch = self.batch or ctx.batch_size or max(1, round(release.sample_rate * len(x)))
+        if ctx.summed and steps > 1:
+            return Skip(f"the sum of {ctx.summed} clients' trainings of {steps} steps is no single training")
         size = min(steps * batch, len(parts[2]) // 2)
+        if unfit := no_batch_of_sum(size, ctx):
+            return unfit
         if ctx.observer == "server":
             size = max(1, min(size, update.num_examples))
         lr = ctx.lr if steps > 1 and ctx.lr is not None else 1.0  # one step's gradient does not depend on it

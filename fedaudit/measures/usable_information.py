@@ -233,9 +233,9 @@ class UsableInformation:
         self.name = _NAMES[self.target]
 
     def needs(self, observer: Observer) -> Needs:
-        """Examples, the model, and how a step is released."""
+        """Examples, the model, and how a single client's step is released."""
         if observer == "server":
-            return Needs.REFERENCE | Needs.MODEL | Needs.RELEASE
+            return Needs.REFERENCE | Needs.MODEL | Needs.RELEASE | Needs.SINGLE
         return Needs.EVIDENCE | Needs.MODEL
 
     def __call__(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> list[Estimate | Skip]:

@@ -95,9 +95,8 @@ def _card(run: Run, images: Recorded) -> str:
     finite = [score for score in images.psnr if math.isfinite(score)]
     mean = f"mean PSNR {number(sum(finite) / len(finite), 1)} dB" if finite else "PSNR undefined"
     extent = "" if len(shown) <= MAX_PAIRS else f"; {MAX_PAIRS} of {count(len(shown), 'image')} shown"
-    where = (
-        f"{images.attack}, round {images.round}, client {images.client}, seed {seed_of(run)}; {mean}{extent}"
-    )
+    whose = f"client {images.client}" if images.client.isdecimal() else images.client
+    where = f"{images.attack}, round {images.round}, {whose}, seed {seed_of(run)}; {mean}{extent}"
     return (
         f'<div class="attack"><h4>{text(defense_of(run))}</h4>{paragraph(where, "quiet")}'
         f'<div class="pairs">{"".join(pairs)}</div>'

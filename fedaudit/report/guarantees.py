@@ -1,5 +1,6 @@
 """The worst client's formal guarantee, read from the records' privacy columns."""
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ class WorstEpsilon:
         delta: the delta of that row.
         unit: "example" or "client".
         accountant: how it was composed.
+        adversary: whom it holds against; None means everybody, the server included.
         client_id: the client it belongs to.
         covered: clients with a guarantee.
         clients: clients that sent updates or have a guarantee.
@@ -27,6 +29,7 @@ class WorstEpsilon:
     delta: float | None = None
     unit: str | None = None
     accountant: str | None = None
+    adversary: str | None = None
     client_id: int | None = None
     covered: int = 0
     clients: int = 0
@@ -40,6 +43,7 @@ class WorstEpsilon:
             f"δ={_short(self.delta)}" if self.delta is not None else "",
             self.unit or "",
             self.accountant or "",
+            f"against an {self.adversary}" if self.adversary else "",
         ]
         text = f"{self.epsilon:.3g} ({', '.join(filter(None, stated))})"
         missing = self.clients - self.covered
@@ -66,10 +70,17 @@ def worst_epsilon(records: pd.DataFrame) -> WorstEpsilon:
         delta=None if pd.isna(row["delta"]) else float(row["delta"]),
         unit=None if pd.isna(row["privacy_unit"]) else str(row["privacy_unit"]),
         accountant=None if pd.isna(row["accountant"]) else str(row["accountant"]),
+        adversary=_adversary(row["extra"]) if "extra" in row else None,
         client_id=None if pd.isna(row["client_id"]) else int(row["client_id"]),
         covered=len(set(_members(records[own & stated]))) if (own & stated).any() else len(clients),
         clients=len(clients),
     )
+
+
+def _adversary(extra: object) -> str | None:
+    """Whom a central guarantee holds against: those who see the released models and nothing else."""
+    content = json.loads(extra) if isinstance(extra, str) and '"adversary"' in extra else {}
+    return str(content["adversary"]) if "adversary" in content else None
 
 
 def _members(rows: pd.DataFrame) -> list[tuple[str, int]]:

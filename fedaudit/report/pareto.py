@@ -47,14 +47,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 def equal_epsilon(guarantees: Mapping[str, WorstEpsilon], tolerance: float = TOLERANCE) -> dict[str, str]:
     """Defenses whose guarantees can be compared, and the name of their group, "ε ≈ 8, example".
 
-    A group has one unit, deltas and epsilons within a factor of 1 + tolerance of its least one, and at
+    A group has one unit and one adversary, deltas and epsilons within a factor of 1 + tolerance of its least one, and at
     least two members. Defenses without a guarantee for every client are in no group.
 
     >>> equal_epsilon({"a": WorstEpsilon(8.0, 1e-5, "example"), "b": WorstEpsilon(7.9, 1e-5, "example")})
     {'b': 'ε ≈ 8, example', 'a': 'ε ≈ 8, example'}
     """
     stated: list[tuple[str, float, float, str]] = sorted(
-        (worst.unit or "", worst.delta or 0.0, worst.epsilon, name)
+        (_against(worst), worst.delta or 0.0, worst.epsilon, name)
         for name, worst in guarantees.items()
         if worst.epsilon is not None and math.isfinite(worst.epsilon) and worst.covered >= worst.clients
     )
@@ -72,6 +72,12 @@ def equal_epsilon(guarantees: Mapping[str, WorstEpsilon], tolerance: float = TOL
             name = ", ".join(filter(None, (f"ε ≈ {middle:.3g}", group[0][0])))
             found |= {entry[3]: name for entry in group}
     return found
+
+
+def _against(worst: WorstEpsilon) -> str:
+    """What is hidden, and from whom if not from anyone."""
+    unit = worst.unit or ""
+    return f"{unit} against an {worst.adversary}" if worst.adversary else unit
 
 
 def _alike(first: tuple[str, float, float, str], other: tuple[str, float, float, str], room: float) -> bool:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fedaudit.config import flatten
 from fedaudit.records import Run
-from fedaudit.registry import changes_update
+from fedaudit.registry import AT_SERVER, changes_update, parts_of, shows_sums_only
 from fedaudit.report.display import listing
 from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.quantities import PRIVACY
@@ -110,6 +110,21 @@ def notices(runs: Runs) -> list[str]:
             "released (mutual information, example uniqueness and its bound, usable information, subspace "
             "distance, privacy tokens) do not see that: their numbers are those of the update before it. "
             "Norms, cosines, cohort uniqueness, membership inference and attacks are of what was sent."
+        )
+    hiding = [name for name in evidence.defenses if shows_sums_only(name)]
+    if hiding:
+        found.append(
+            f"Under {listing(hiding)} the server can audit the sum of a round's updates, one row a round "
+            "with the batch of all clients together, and no single update: what compares clients is skipped, "
+            "claims about single updates cannot be verified, and numbers of the observers client and oracle "
+            "are of updates that this server never sees."
+        )
+    central = [name for name in evidence.defenses if AT_SERVER & set(parts_of(name))]
+    if central:
+        found.append(
+            f"{listing(central)} protects the released models against those who see nothing else. An auditor "
+            "at the server sees every update before it: measures, membership scores and attacks are of raw "
+            "updates, as without this defense, and must not be held against its ε."
         )
     pooled = evidence.pooled
     values = pd.to_numeric(pooled["value"], errors="coerce")

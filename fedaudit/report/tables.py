@@ -31,9 +31,9 @@ def comparison_table(runs: Runs) -> pd.DataFrame:
     "q" (mean over seeds), "q ±" (half-width of the Student-t 95 % interval over seeds, NaN for one seed),
     "q low" and "q high" (95 % bootstrap over seeds and clients, see `resampling` for what it covers with few
     seeds), "q unit" and "q observer"; the observer is the first of oracle, client, server that all defenses
-    have. Then "epsilon", "delta", "privacy-unit" and "accountant" of the worst client over all seeds,
-    "guarantee" (the four as text), "seconds", "seconds ±", "rounds" and "seeds". A measure that is new to the
-    report is a headline quantity, and so is what `compare.against` names.
+    have. Then "epsilon", "delta", "privacy-unit", "accountant" and "adversary" of the worst client over all
+    seeds, "guarantee" (the five as text), "seconds", "seconds ±", "rounds" and "seeds". A measure that is new
+    to the report is a headline quantity, and so is what `compare.against` names.
 
     The intervals cover the choice of seed only: not other data, models or settings.
 
@@ -72,6 +72,7 @@ def _measured(
         "delta": math.nan if worst.delta is None else worst.delta,
         "privacy-unit": worst.unit or "",
         "accountant": worst.accountant or "",
+        "adversary": worst.adversary or ("" if worst.epsilon is None else "anyone"),
         "guarantee": str(worst),
         "seconds": float(time["mean"].iloc[0]) if len(time) else math.nan,
         "seconds ±": float(time["half_width"].iloc[0]) if len(time) else math.nan,
@@ -274,6 +275,7 @@ def records_summary(records: pd.DataFrame) -> dict[str, Any]:
             "delta": worst.delta,
             "unit": worst.unit,
             "accountant": worst.accountant,
+            "adversary": worst.adversary or "anyone",
             "client": worst.client_id,
             "clients-without": max(0, worst.clients - worst.covered),
         },

@@ -142,7 +142,7 @@ FRONT = (
     "The grey line is the best accuracy at no more leakage: a defense on it is not beaten on both axes by "
     "another one. It is drawn through means, and within the intervals a place on it can be chance: beside "
     "each name is in how many seeds it is not beaten. Rings and dashed lines do the same among defenses with "
-    "one unit and δ whose ε differ by at most 5 %. ε is the worst client's, at the δ, unit and accountant "
+    "one unit, adversary and δ whose ε differ by at most 5 %. ε is the worst client's, at the δ, unit and accountant "
     "given in the comparison table."
 )
 
@@ -151,5 +151,6 @@ EPSILON = (
     "or a client) no output is more than e^ε times likelier, up to δ. It is the largest over clients, "
     "because their data are disjoint, composed over the rounds each took part in.",
     "Not a measurement: it holds for every adversary if the mechanism runs as stated, and is usually far "
-    "above what a given attack achieves. An ε without its δ, unit and accountant says nothing.",
+    "above what a given attack achieves. An ε without its δ, unit and accountant says nothing. One of "
+    "central noise holds against an outsider, who sees the released models only, and not against the server.",
 )

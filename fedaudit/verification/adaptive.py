@@ -20,16 +20,18 @@ def adaptive_check(
 
     The step C' / C gives back the share b that was used, which N(0, (count_std / n)^2) may part from the
     share of updates with norm <= C. If the share of clipped updates fits instead, the norm moves away from
-    its target.
+    its target. With a cohort fixed beforehand, b = 1/2 + sum(+-1/2) / n over the replies: a missing update
+    counts as half.
     """
     if clip_norms is None or not updates:
         reason = "the clip norms of two rounds and the updates are needed; the server knows both"
         return scene.without_tests(claim, UNCHECKED, reason)
     now, following = clip_norms
     norms = np.array([float(np.linalg.norm(u.flat.double().numpy())) for u in updates])
-    within = float((norms <= now).mean())
+    cohort = claim.cohort or len(norms)
+    within = 0.5 + float(np.where(norms <= now, 0.5, -0.5).sum()) / cohort
     implied = claim.quantile - math.log(following / now) / claim.lr
-    unit = claim.count_std / len(norms)
+    unit = claim.count_std / cohort
 
     def at(level: float) -> Finding:
         from scipy.stats import norm

@@ -81,7 +81,7 @@ class Aggregate:
     def __init__(self, seen: Round, earlier: Mapping[str, MixingEvidence]) -> None:
         self.seen, self.earlier = seen, dict(earlier)
         self.mixture = (
-            Mixture.of(seen.before, seen.after, seen.updates)
+            Mixture.of(seen.before, seen.after, seen.updates, seen.weights)
             if seen.after is not None and seen.updates
             else None
         )
@@ -108,8 +108,10 @@ class Aggregate:
 
     @property
     def tests(self) -> int:
-        """Tests of the mixture: whole, tensors, two directions in this round and over all rounds."""
-        return 0 if self.mixture is None else 1 + 2 * 2 + len(self.mixture.wide)
+        """Tests of the mixture: whole, tensors, each usual deviation in this round and over all rounds."""
+        if self.mixture is None:
+            return 0
+        return 1 + 2 * (1 + len(self.mixture.others)) + len(self.mixture.wide)
 
     def _explain(self, level: float) -> Explanation:
         if self.mixture is None:
@@ -251,7 +253,8 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
     def at(level: float) -> Finding:
         found = aggregate.explanation(level)
         test, claimed = found.test, mixture.weights(claim.rule)
-        other = mixture.weights("num-examples" if claim.rule == "uniform" else "uniform")
+        direction = "uniform" if claim.rule == "num-examples" else "num-examples"
+        other = mixture.weights(direction)
         estimates, errors = test.fitted
         largest = int(np.argmax(estimates)) if found.rule == "fitted" else int(np.argmax(found.weights))
         identified = test.rank == mixture.clients
@@ -272,7 +275,6 @@ def _weights(claim: Weights, aggregate: Aggregate, scene: Scene) -> Check:
         if claim.cap is not None and float(claimed.max()) > claim.cap * (1 + 1e-9):
             reason = f"one client weighs {claimed.max():.4g}"
             return scene.finding(claim, VIOLATED, reason, *ends)
-        direction = "num-examples" if claim.rule == "uniform" else "uniform"
         power = aggregate.evidence(level)[direction].information ** 0.5
         if _unexplained(aggregate, level):
             return scene.finding(claim, UNCHECKED, OTHER, *ends)
@@ -372,7 +374,8 @@ def _epsilon(claim: EpsilonClaim, aggregate: Aggregate, scene: Scene) -> Check:
             found = aggregate.explanation(level)
             clipped = found.clipped == "over all entries" and not aggregate.raw(level)
             unbounded = aggregate.seen.clip is not None and not clipped
-            sensitivity = math.inf if unbounded else float(found.weights.max()) * aggregate.mixture.clients
+            largest = float(found.weights.max()) / aggregate.mixture.largest
+            sensitivity = math.inf if unbounded else largest
         noise = None if residual is None else residual.noise_scale(level)
         return epsilon_finding(claim, scene, noise, sensitivity)
 

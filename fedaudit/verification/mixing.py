@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedaudit.claims import ClipNorm
+from fedaudit.claims import ClipNorm, Weights
 from fedaudit.types import ClientUpdate
 from fedaudit.verification.memory import MixingEvidence
 from fedaudit.verification.noise import Vector
@@ -58,16 +58,22 @@ class Mixture:
         updates: the updates by tensor name, each (n, P).
         spacing: spacing of floating-point numbers by tensor name, each (P,).
         examples: number of examples that each client states (n,).
+        claimed: the claimed weights, for their divisor and limit.
     """
 
     change: Mapping[str, Vector]
     updates: Mapping[str, Matrix]
     spacing: Mapping[str, Vector]
     examples: Vector
+    claimed: Weights = field(default_factory=Weights)
 
     @classmethod
     def of(
-        cls, before: Mapping[str, Tensor], after: Mapping[str, Tensor], updates: Sequence[ClientUpdate]
+        cls,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        updates: Sequence[ClientUpdate],
+        claimed: Weights | None = None,
     ) -> "Mixture":
         """From the weights of two rounds and what was received between them."""
         names = [name for name in updates[0].delta if name in after]
@@ -79,7 +85,8 @@ class Mixture:
             eps = torch.finfo(before[name].dtype).eps
             spacing[name] = vector(torch.stack(sizes).amax(0)) * eps
         stacked = {name: np.stack([vector(update.delta[name]) for update in updates]) for name in names}
-        return cls(change, stacked, spacing, np.array([float(u.num_examples) for u in updates]))
+        examples = np.array([float(u.num_examples) for u in updates])
+        return cls(change, stacked, spacing, examples, claimed or Weights())
 
     @property
     def clients(self) -> int:
@@ -102,11 +109,40 @@ class Mixture:
         return [name for name, values in self.change.items() if values.size > 1] or list(self.change)
 
     def weights(self, rule: str) -> Vector:
-        """The clients' weights (n,) under a rule."""
-        if rule == "uniform":
+        """The clients' weights (n,) under a rule.
+
+        Beside those of a claim: "replies" is 1/n with the n that did reply, "uncapped examples" the claimed
+        weights without their limit.
+        """
+        if rule == "replies":
             return np.full(self.clients, 1 / self.clients)
+        if rule == "uniform":
+            own = self.claimed.divisor if self.claimed.rule == "uniform" else None
+            return np.full(self.clients, 1 / (own or self.clients))
+        if rule in ("capped", "uncapped examples"):
+            limit = self.claimed.most_examples if rule == "capped" else np.inf
+            counted: Vector = np.minimum(self.examples, limit)
+            return counted / (self.claimed.divisor or counted.sum())
         shares: Vector = self.examples / self.examples.sum()
         return shares
+
+    @property
+    def largest(self) -> float:
+        """The largest weight that the claimed ones can have, whoever replies."""
+        claimed = self.claimed
+        if claimed.rule == "num-examples":
+            return 1 / self.clients  # what noise scaled to a mean of equal weights assumes
+        return (claimed.most_examples or 1) / (claimed.divisor or self.clients)
+
+    @property
+    def others(self) -> list[str]:
+        """Rules that usually stand in the place of the claimed one."""
+        if self.claimed.rule == "num-examples":
+            return ["uniform"]
+        if self.claimed.rule == "capped":
+            return ["uncapped examples", "num-examples", "uniform"]
+        planned = self.claimed.divisor or self.clients
+        return ["num-examples"] if planned == self.clients else ["replies", "num-examples"]
 
     def left(self, weights: Vector, factors: Mapping[str, Vector]) -> dict[str, Vector]:
         """D - sum_i w_i f_i u_i by tensor name."""
@@ -233,7 +269,7 @@ class Explanation:
     Attributes:
         test: the claimed hypothesis' own test.
         weights: weights (n,) that explain the change.
-        rule: what they are: "uniform", "num-examples" or "fitted".
+        rule: what they are: one of `Mixture.weights`, or "fitted".
         clipped: how the updates entered.
         factors: factor of each client and tensor.
         rounds: rounds whose evidence was needed.
@@ -260,8 +296,7 @@ def leanings(mixture: Mixture, clip: ClipNorm | None, rule: str, factors: Mappin
     A direction that is named beforehand is tested with more power than the whole span, and its evidence
     adds up over rounds: single rounds of well-noised aggregates cannot show how they were weighted.
     """
-    other = "num-examples" if rule == "uniform" else "uniform"
-    found = {other: mixture.weights(other)}
+    found = {other: mixture.weights(other) for other in mixture.others}
     if claimed_clipping(clip) == "over all entries":
         found["not clipped"] = mixture.weights(rule) / next(iter(factors.values()))
     return found
@@ -298,16 +333,15 @@ def explain(
     towards = max(sums, key=lambda name: sums[name].z)
     if first.fits(level) and now and sums[towards].z <= _normal_limit(level):
         return Explanation(first, first.weights, rule, claimed, factors[claimed])
-    other = "num-examples" if rule == "uniform" else "uniform"
     candidates = []
     for way in ways:
-        for name in (rule, other):
+        for name in (rule, *mixture.others):
             test = mixture.test(mixture.weights(name), factors[way])
             if test.fits(level) and (way, name) != (claimed, rule):
                 found = Explanation(first, test.weights, name, way, factors[way])
                 candidates.append((test.p_value, found))
     if sums[towards].z > _normal_limit(level):
-        way, name = (claimed, other) if towards == other else ("not at all", rule)
+        way, name = (claimed, towards) if towards in mixture.others else ("not at all", rule)
         for _, found in candidates:
             if (found.clipped, found.rule) == (way, name):
                 return replace(found, rounds=sums[towards].rounds)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -22,7 +22,7 @@ from fedaudit.claims import (
 )
 from fedaudit.config import RunConfig
 from fedaudit.defenses.base import BudgetedByRound, Defense
-from fedaudit.defenses.chain import Chain, claims_left
+from fedaudit.defenses.chain import Chain, central, claims_left
 from fedaudit.errors import RecordError
 from fedaudit.kept_files import load_update
 from fedaudit.records import Run, load_run
@@ -31,11 +31,14 @@ from fedaudit.round_release import release_behind
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
+from fedaudit.verification.central_rounds import CentralRounds
 from fedaudit.verification.derive import Claiming, Unstated, step_claims, strategy_claims
 from fedaudit.verification.memory import NoiseMemory
 from fedaudit.verification.round import ALPHA, verify_round
 
 State = Mapping[str, Tensor]
+Stated = Mapping[tuple[int, int], tuple[float, float, str, str, int]]
+"""By (round, client): epsilon, delta, unit and accountant, and rounds taken part in so far."""
 _HIDDEN = "what a later defense does to the update hides it; the client sees the update in between"
 
 
@@ -69,7 +72,7 @@ class RecordedRun:
             raise RecordError(f"{self.run.path} has no run.toml to take claims from: start the run anew")
         self.config = RunConfig.from_flat(recorded)
         self.files: dict[int, list[Path]] = defaultdict(list)
-        for path in sorted((self.run.path / "updates").glob("round-*-client-*.safetensors")):
+        for path in sorted((self.run.path / "updates").glob("round-*.safetensors")):
             self.files[int(path.name.split("-")[1])].append(path)
         if not self.files:
             raise RecordError(
@@ -121,9 +124,8 @@ class RecordedRun:
     def epsilon_claims(self) -> dict[tuple[int, int], tuple[float, float, str, str, int]]:
         """By (round, client): epsilon, delta, unit, accountant as stated, and rounds taken part in so far."""
         records = self.run.records
-        stated = records[(records["quantity"] == "epsilon") & (records["status"] == "ok")].sort_values(
-            "round"
-        )
+        own = (records["quantity"] == "epsilon") & records["client_id"].notna()
+        stated = records[own & (records["status"] == "ok")].sort_values("round")
         rounds: dict[int, int] = defaultdict(int)
         found = {}
         for row in stated.to_dict("records"):
@@ -144,9 +146,9 @@ def verify_run(
 ) -> list[Finding]:
     """Every finding of every kept round of a run, against the claims of its own configuration.
 
-    The defense's claims are tested on the updates, the strategy's on the aggregates: the aggregate of a round
-    is the broadcast of the next, so the last kept round needs the final weights, and a round whose successor
-    was not kept has no aggregate.
+    The defense's claims are tested on the updates, the strategy's on the aggregates, and so are those of a
+    defense that acts on the aggregate: the aggregate of a round is the broadcast of the next, so the last
+    kept round needs the final weights, and a round whose successor was not kept has no aggregate.
 
     Args:
         folder: the run's folder; updates must have been kept (`audit.save-updates`).
@@ -167,6 +169,8 @@ def verify_run(
         clients=config.federation.clients,
         fraction_train=config.federation.fraction_train,
     )
+    at_server = central(defense)
+    rounds = CentralRounds.of(at_server, config, recorded.run.records) if at_server is not None else None
     first_only = any(isinstance(claim, AdaptiveClipping) for claim in general)
     stated = recorded.epsilon_claims()
     extra = insight(recorded) if insight is not None else None
@@ -174,19 +178,16 @@ def verify_run(
     batches: dict[int, list[Tensor]] = defaultdict(list)
     for number, updates, after in recorded.rounds():
         settings = recorded.settings(number)
+        if updates[0].summed:
+            hidden = _claims_behind_sum(recorded, defense, updates[0], settings, stated)
+            findings += [_unseen(claim, client, updates[0], observer) for client, claim in hidden]
+            findings += [_unseen(claim, None, updates[0], observer) for claim in general]
+            continue
         own: dict[int, list[Claim]] = {}
         noise_free: dict[int, State] = {}
         for update in updates:
-            planned = recorded.release(defense, update.num_examples)
-            release = release_behind(defense, update) or planned
-            steps = steps_per_round(update.num_examples, settings)
-            claims, unstated = step_claims(release, settings, update.num_examples, steps)
-            parts = defense.parts if isinstance(defense, Chain) else (defense,)
-            own_claims = [part.claims(update, settings) for part in parts if isinstance(part, Claiming)]
-            claims, hidden = claims_left([claims, *own_claims])
-            unstated += [Unstated(claim, _HIDDEN) for claim in hidden]
-            claims += _client_epsilon(update, claims, stated)
-            own[update.client_id] = [*claims, *_epsilon(update, release, steps, stated)]
+            release, claims, unstated = _claims_of(recorded, defense, update, settings, stated)
+            own[update.client_id] = claims
             findings += [_unstated(part, update, observer) for part in unstated]
             if extra is not None:
                 batches[update.client_id] += extra.batches(update)  # single rounds show little of sampling
@@ -194,14 +195,22 @@ def verify_run(
                 if known is not None:
                     noise_free[update.client_id] = known
         unknown = first_only and number > 1
+        shared = [claim for claim in general if not (unknown and _follows_norm(claim))]
+        if rounds is not None:
+            shared, hidden_at_server = rounds.claims(number)
+            findings += [
+                Finding(part.claim, None, None, None, UNCHECKED, observer, part.reason, number)
+                for part in hidden_at_server
+            ]
         findings += verify_round(
-            [claim for claim in general if not (unknown and _follows_norm(claim))],
+            shared,
             updates,
             after,
             per_client=own,
             observer=observer,
             noise_free=noise_free,
             batches=batches,
+            clip_norms=rounds.clip_norms(number) if rounds is not None else None,
             memory=memory,
             alpha=alpha,
         )
@@ -210,11 +219,47 @@ def verify_run(
     return findings
 
 
+def _claims_of(
+    recorded: RecordedRun, defense: Defense, update: ClientUpdate, settings: TrainSettings, stated: Stated
+) -> tuple[StepRelease, list[Claim], list[Unstated]]:
+    """The release behind an update, what is claimed of it, and the claims that cannot be tested."""
+    release = release_behind(defense, update) or recorded.release(defense, update.num_examples)
+    steps = steps_per_round(update.num_examples, settings)
+    claims, unstated = step_claims(release, settings, update.num_examples, steps)
+    parts = defense.parts if isinstance(defense, Chain) else (defense,)
+    own = [part.claims(update, settings) for part in parts if isinstance(part, Claiming)]
+    claims, hidden = claims_left([claims, *own])
+    unstated += [Unstated(claim, _HIDDEN) for claim in hidden]
+    claims += _client_epsilon(update, claims, stated)
+    return release, [*claims, *_epsilon(update, release, steps, stated)], unstated
+
+
+def _claims_behind_sum(
+    recorded: RecordedRun, defense: Defense, seen: ClientUpdate, settings: TrainSettings, stated: Stated
+) -> list[tuple[int, Claim]]:
+    """What is claimed of every single update behind a sum, taken to be of the mean client."""
+    mean = max(1, round(seen.num_examples / len(seen.summed)))
+    found = []
+    for client in seen.summed:
+        single = replace(seen, client_id=client, num_examples=mean, summed=())
+        _, claims, unstated = _claims_of(recorded, defense, single, settings, stated)
+        found += [(client, claim) for claim in (*claims, *(part.claim for part in unstated))]
+    return found
+
+
+def _unseen(claim: Claim, client: int | None, seen: ClientUpdate, observer: Watcher) -> Finding:
+    reason = (
+        f"secure aggregation leaves nothing but the sum of {len(seen.summed)} clients' updates to look at; "
+        "each client sees its own"
+    )
+    return Finding(claim, None, None, None, UNCHECKED, observer, reason, seen.round, client)
+
+
 def _epsilon(
     update: ClientUpdate,
     release: StepRelease,
     steps: int,
-    stated: Mapping[tuple[int, int], tuple[float, float, str, str, int]],
+    stated: Stated,
 ) -> list[Claim]:
     claim = stated.get((update.round, update.client_id))
     if claim is None or not release.noise_std or not release.clip_norm:
@@ -230,7 +275,7 @@ def _epsilon(
 def _client_epsilon(
     update: ClientUpdate,
     claims: Sequence[Claim],
-    stated: Mapping[tuple[int, int], tuple[float, float, str, str, int]],
+    stated: Stated,
 ) -> list[Claim]:
     """A client-level epsilon follows from noise on whole updates, one release a round, without sampling."""
     claim = stated.get((update.round, update.client_id))

@@ -37,3 +37,17 @@ def test_a_smaller_stride_gives_the_number_of_windows_that_fit():
 def test_a_stride_out_of_range_is_refused(stride):
     with pytest.raises(ConfigError, match=f"stride must be from 1 to 395 pixels, got {stride}"):
         load_dataset(DataConfig(name=f"patches(stride={stride})"))
+
+
+def test_smaller_patches_are_the_quarters_of_larger_ones():
+    small = load_dataset(DataConfig(name="patches(size=16)"))
+    large = load_dataset(DataConfig(name="patches"))
+    assert small.x.shape == (2080, 3, 16, 16)
+    quarters = [large.x[0, :, i : i + 16, j : j + 16] for i in (0, 16) for j in (0, 16)]
+    assert all((small.x == quarter).flatten(1).all(1).any() for quarter in quarters)
+
+
+@pytest.mark.parametrize("size", [7, 214])
+def test_a_patch_size_out_of_range_is_refused(size):
+    with pytest.raises(ConfigError, match=f"size must be from 8 to 213 pixels, got {size}"):
+        load_dataset(DataConfig(name=f"patches(size={size})"))

@@ -95,6 +95,7 @@ def test_only_alike_guarantees_are_of_equal_epsilon():
             "a": WorstEpsilon(8.0, 1e-5, "example"),
             "b": WorstEpsilon(7.8, 1e-5, "example"),
             "client": WorstEpsilon(8.0, 1e-5, "client"),
+            "weaker": WorstEpsilon(8.0, 1e-5, "example", adversary="outsider"),
             "looser": WorstEpsilon(8.0, 1e-3, "example"),
             "less": WorstEpsilon(7.3, 1e-5, "example"),
             "none": WorstEpsilon(),
