@@ -47,8 +47,8 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 def equal_epsilon(guarantees: Mapping[str, WorstEpsilon], tolerance: float = TOLERANCE) -> dict[str, str]:
     """Defenses whose guarantees can be compared, and the name of their group, "ε ≈ 8, example".
 
-    A group has one unit and one adversary, deltas and epsilons within a factor of 1 + tolerance of its least one, and at
-    least two members. Defenses without a guarantee for every client are in no group.
+    A group has one unit, one adversary, deltas and epsilons within a factor of 1 + tolerance of its least
+    one, and at least two members. Defenses without a guarantee for every client are in no group.
 
     >>> equal_epsilon({"a": WorstEpsilon(8.0, 1e-5, "example"), "b": WorstEpsilon(7.9, 1e-5, "example")})
     {'b': 'ε ≈ 8, example', 'a': 'ε ≈ 8, example'}

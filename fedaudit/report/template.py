@@ -142,8 +142,8 @@ FRONT = (
     "The grey line is the best accuracy at no more leakage: a defense on it is not beaten on both axes by "
     "another one. It is drawn through means, and within the intervals a place on it can be chance: beside "
     "each name is in how many seeds it is not beaten. Rings and dashed lines do the same among defenses with "
-    "one unit, adversary and δ whose ε differ by at most 5 %. ε is the worst client's, at the δ, unit and accountant "
-    "given in the comparison table."
+    "one unit, adversary and δ whose ε differ by at most 5 %. ε is the worst client's, at the δ, unit and "
+    "accountant given in the comparison table."
 )
 
 EPSILON = (
