@@ -10,7 +10,7 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -42,6 +42,7 @@ from fedaudit.secure_sum import SecureSum, check_secure
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round, under_defense
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
+from fedaudit.vary import written
 
 logger = logging.getLogger(__name__)
 SMALL_MODEL = 1_000_000
@@ -283,12 +284,15 @@ def reference_app() -> tuple[Any, Any]:
 
 def run_name(config: RunConfig) -> str:
     """The run's folder name: letters, digits, dots and hyphens of its defense and seed."""
-    if config.output.name:
-        return config.output.name
-    defense = "".join(c if c.isalnum() or c in ".=" else "-" for c in config.defense.name).strip("-")
-    while "--" in defense:
-        defense = defense.replace("--", "-")
-    return f"{defense}-seed{config.seed}"
+    return config.output.name or f"{_plain(config.defense.name)}-seed{config.seed}"
+
+
+def _plain(text: str) -> str:
+    """Letters, digits, dots and equals signs of a text, hyphens for the rest."""
+    plain = "".join(c if c.isalnum() or c in ".=" else "-" for c in text).strip("-")
+    while "--" in plain:
+        plain = plain.replace("--", "-")
+    return plain
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -480,11 +484,35 @@ def _revision() -> str:
 
 
 def comparisons(config: RunConfig, folder: Path) -> list[RunConfig]:
-    """One configuration per defense and seed, each with a folder of its own inside `folder`."""
+    """One configuration per combination of `compare.vary`, defense and seed, each in a folder of its own.
+
+    A run's folder is named by its combination, defense and seed: "train.batch-size=8-none-seed0"; a name
+    that is taken or over 200 characters ends in a number of its own.
+
+    Raises:
+        ConfigError: if a combination breaks the schema.
+    """
     from fedaudit.config import ints
 
-    return [
-        config.with_(defense__name=str(spec), seed=seed, output__directory=str(folder), output__name="")
-        for spec in config.defense_specs()
-        for seed in ints(config.compare.seeds)
-    ]
+    runs: list[RunConfig] = []
+    names: set[str] = set()
+    for values, varied in config.variations():
+        prefix = _plain("-".join(f"{key}={written(value)}" for key, value in values.items()))
+        for spec in config.defense_specs():
+            for seed in ints(config.compare.seeds):
+                each = varied.with_(
+                    defense__name=str(spec), seed=seed, output__directory=str(folder), output__name=""
+                )
+                name = _unused(f"{prefix}-{run_name(each)}".lstrip("-"), names)
+                names.add(name)
+                runs.append(each.with_(output__name=name))
+    return runs
+
+
+def _unused(name: str, taken: Container[str], longest: int = 200) -> str:
+    """The name, or the first of name-2, name-3, ... that is not taken; file systems allow 255 bytes."""
+    candidate, number = name[:longest], 1
+    while candidate in taken or (number == 1 and len(name) > longest):
+        number += 1
+        candidate = f"{name[:longest]}-{number}"
+    return candidate

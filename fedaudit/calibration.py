@@ -57,10 +57,15 @@ def calibrate(config: RunConfig, folder: Path) -> tuple[list[Run], pd.DataFrame]
         ("membership-advantage", "<attack>.psnr") and one per measure, "<measure> (<observer>)".
 
     Raises:
-        ConfigError: if an attacked round is not audited, the oracle does not measure, or a defense shows the
-            server no single update.
+        ConfigError: if an attacked round is not audited, the oracle does not measure, a defense shows the
+            server no single update, or something else than defense and seed is varied.
         RunFailedError: if a run stopped before its last round.
     """
+    if config.compare.vary.strip():
+        raise ConfigError(
+            f"a calibration varies defense and seed only, got compare.vary = {config.compare.vary!r}: "
+            "set it to ''"
+        )
     rounds = ints(config.attack.rounds)
     unmeasured = [r for r in rounds if not is_due(r, config.audit.every, config.federation.rounds)]
     if unmeasured:

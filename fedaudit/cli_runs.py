@@ -9,6 +9,8 @@ from fedaudit.config import Scalar, parse_override
 from fedaudit.errors import ConfigError, RecordError, RunFailedError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fedaudit.config import RunConfig
     from fedaudit.records import Run
 
@@ -78,26 +80,36 @@ def execute_all(configs: "Sequence[RunConfig]", quiet: bool) -> "list[Run]":
 
 
 def finish(runs: "list[Run]", page: Path, as_json: bool) -> None:
-    """Write the report and print the table, for people or for machines."""
+    """Write the report and the tables beside it, and print the comparison, for people or for machines."""
+    from fedaudit.report.display import by_variation
+    from fedaudit.report.evidence import gather
+    from fedaudit.report.exports import write_tables
     from fedaudit.report.page import write_report
-    from fedaudit.report.tables import comparison_table, paired_differences
+    from fedaudit.report.tables import comparison_table
 
-    table = comparison_table(runs)
-    write_report(runs, page)
+    evidence = gather(runs)
+    table = comparison_table(evidence)
+    write_report(evidence, page)
+    answer: dict[str, Any] = {"table": _rows(table)}
     if len(runs) > 1:
-        table.to_csv(page.with_name("comparison.csv"), index=False)
-        paired_differences(runs).to_csv(page.with_name("differences.csv"), index=False)
+        tables = write_tables(evidence, page.parent)
+        answer |= {"differences": _rows(tables.differences), "pareto": _rows(tables.pareto)}
     if as_json:
-        rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
-        print(
-            json.dumps(
-                {"table": rows, "report": str(page), "runs": [str(run.path) for run in runs]}, indent=2
-            )
-        )
+        answer |= {"report": str(page), "runs": [str(run.path) for run in runs]}
+        print(json.dumps(answer, indent=2))
         return
     from rich.console import Console
 
     from fedaudit.report.terminal import rich_table
 
-    Console().print(rich_table(table))
+    title = "Comparison of defenses"
+    if not len(table):
+        Console().print(rich_table(table, title))
+    for label, part in by_variation(table):
+        Console().print(rich_table(part, f"{title}, {label}" if label else title))
     print(f"report: {page}")  # not wrapped, so that it can be copied
+
+
+def _rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(frame.to_json(orient="records"))
+    return rows

@@ -27,6 +27,7 @@ from fedaudit.errors import ConfigError
 from fedaudit.registry import ATTACKS, DATASETS, DEFENSES, MEASURES, MODELS, PARTITIONERS, Registry
 from fedaudit.spec import Scalar as Scalar
 from fedaudit.spec import Spec, parse_specs
+from fedaudit.vary import combinations, label, refusal, split_vary
 
 Observer = Literal["server", "client", "oracle"]
 
@@ -79,6 +80,35 @@ def _int_list(text: str) -> str:
         raise ValueError("whole numbers separated by commas are allowed: write e.g. '0,1'")
     if len({int(piece) for piece in pieces}) < len(pieces):
         raise ValueError("each number is listed once: remove the repetition")
+    return text
+
+
+def _vary(text: str) -> str:
+    if not text.strip():
+        return text
+    try:
+        for key, values in varied_values(text).items():
+            if why := refusal(key):
+                raise ConfigError(f"{key} cannot be varied, {why}: remove it")
+            repeated = next((v for i, v in enumerate(values) if v in values[:i]), None)
+            if repeated is not None:
+                raise ConfigError(f"each value is listed once, got {repeated!r} more than once for {key}")
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+def _quantities(text: str) -> str:
+    pieces = _pieces(text)
+    if len(set(pieces)) < len(pieces):
+        raise ValueError("each quantity is listed once: remove the repetition")
+    for piece in pieces:
+        owner, dot, _ = piece.partition(".")
+        if dot and owner not in ATTACKS:
+            raise ValueError(
+                f"a score is written 'attack.score', and there is no attack {owner!r}: "
+                f"choose from {', '.join(ATTACKS)}"
+            )
     return text
 
 
@@ -222,6 +252,25 @@ class CompareConfig(Section):
 
     defenses: Annotated[str, _parts(DEFENSES, at_least=1)] = "none, dp-sgd"
     seeds: IntList = "0"
+    vary: Annotated[str, AfterValidator(_vary)] = Field(
+        "", description="further keys and their values: 'train.batch-size: 8 | 32; data.name: a | b'"
+    )
+    baseline: Annotated[str, _parts(DEFENSES, at_most=1)] = Field(
+        "", description="the defense that others are subtracted from; empty is none, else the first"
+    )
+    against: Annotated[str, AfterValidator(_quantities)] = Field(
+        "", description="quantities drawn against accuracy; empty is all leakage and attack columns"
+    )
+
+    @model_validator(mode="after")
+    def _baseline_is_compared(self) -> Self:
+        listed = [str(spec) for spec in parse_specs(self.defenses)]
+        if any(str(spec) not in listed for spec in parse_specs(self.baseline)):
+            raise ValueError(
+                f"compare.baseline is one of compare.defenses, got {self.baseline!r}: "
+                f"choose from {'; '.join(listed)}"
+            )
+        return self
 
 
 class CalibrateConfig(Section):
@@ -305,6 +354,20 @@ class RunConfig(Section):
         renamed = {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}
         return RunConfig.from_flat({**self.flat(), **renamed})
 
+    def variations(self) -> "list[tuple[dict[str, Scalar], RunConfig]]":
+        """Each combination of `compare.vary` and this configuration with its values.
+
+        Raises:
+            ConfigError: naming the combination and what is wrong with it.
+        """
+        found = []
+        for values in combinations(varied_values(self.compare.vary)):
+            try:
+                found.append((values, RunConfig.from_flat({**self.flat(), **values})))
+            except ConfigError as error:
+                raise ConfigError(f"compare.vary asks for {label(values)}, but {error}") from error
+        return found
+
     def defense_specs(self) -> tuple[Spec, ...]:
         """The defenses to compare."""
         return parse_specs(self.compare.defenses)
@@ -379,6 +442,22 @@ def parse_override(text: str) -> tuple[str, Scalar]:
     if not isinstance(parsed, (str, int, float, bool)):
         raise ConfigError(f"the value of {key} must be a scalar, got {value!r}: write lists as 'a,b'")
     return key.strip(), parsed
+
+
+def varied_values(text: str) -> dict[str, tuple[Scalar, ...]]:
+    """The keys of a `compare.vary` and their values, read as command-line overrides are.
+
+    Raises:
+        ConfigError: if the grammar is broken, or a key is unknown.
+
+    >>> varied_values("train.batch-size: 8 | 32")
+    {'train.batch-size': (8, 32)}
+    """
+    found = {}
+    for key, values in split_vary(text).items():
+        _check_key(key)
+        found[key] = tuple(parse_override(f"{key}={value}")[1] for value in values)
+    return found
 
 
 @cache

@@ -310,6 +310,31 @@ def test_compare_runs_every_defense_and_sets_them_side_by_side(small, capfd):
     assert len(answer["runs"]) == 3 and (small / "again.html").stat().st_size > 10_000
 
 
+def test_compare_varies_keys_and_its_files_hold_what_json_says(small, capfd):
+    vary = sets("compare.vary=train.batch-size: 4 | 8", "compare.baseline=dp-sgd(noise-multiplier=1)")
+    assert main(["compare", "small.toml", *vary, "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    folder = small / "runs" / "compare-small"
+    assert len(answer["runs"]) == len(answer["table"]) == 4
+    sizes = {load_run(small / path).info["config"]["train.batch-size"] for path in answer["runs"]}
+    assert sizes == {4, 8}
+    assert {row["defense"] for row in answer["differences"]} == {"none"}  # minus the chosen baseline
+    for name, rows in (("comparison", answer["table"]), ("differences", answer["differences"])):
+        read = pd.read_csv(folder / f"{name}.csv", dtype={"train.batch-size": str}, keep_default_na=False)
+        assert list(read.columns) == list(rows[0])
+        assert read["train.batch-size"].tolist() == [row["train.batch-size"] for row in rows]
+    assert (folder / "comparison.md").exists() and (folder / "comparison.tex").exists()
+    assert main(["report", "runs/compare-small"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("Comparison of defenses, train.batch-size = ") == 2
+
+
+def test_defenses_without_an_undefended_one_are_compared_with_the_first(small, capfd):
+    assert main(["compare", "small.toml", *sets("compare.defenses=sign, quantize"), "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert {(row["defense"], row["baseline"]) for row in answer["differences"]} == {("quantize", "sign")}
+
+
 def test_report_reads_an_interrupted_run(small, capfd):
     with stop_after(1):
         assert main(["run", "small.toml", "--json"]) == 1

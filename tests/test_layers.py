@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = """\
-errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet \
+errors types needs spec vary registry config records progress attack_trigger vision opacus_parts resnet \
 __version__ gaussian_mechanism
 accounting rank_correlation linear_probes claims leakage_signal
 measures attacks canaries defenses data models

@@ -1,11 +1,13 @@
 """Numbers and tables as people read them: the same text in the terminal, in Markdown and in the report."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
 from fedaudit.report.quantities import describe, with_unit
+from fedaudit.vary import label
 
 NOTHING = "–"
 
@@ -81,14 +83,20 @@ def count(n: int, noun: str) -> str:
 
 
 def comparison_text(table: pd.DataFrame) -> pd.DataFrame:
-    """A `comparison_table` as text: one column per quantity, headed by label, unit and observer."""
-    columns: dict[str, list[str]] = {"Defense": table["defense"].tolist() if len(table) else []}
+    """A `comparison_table` as text: one column per quantity, headed by label, unit and observer.
+
+    Columns of varied keys that have one value only are left out.
+    """
+    columns: dict[str, list[str]] = {
+        key: table[key].tolist() for key in varied(table) if table[key].nunique() > 1
+    }
+    columns["Defense"] = table["defense"].tolist() if len(table) else []
     for name in headline(table):
         unit = next((u for u in table[f"{name} unit"] if u), "1")
         observers = [o for o in dict.fromkeys(table[f"{name} observer"]) if o]
-        label = describe(name).label
+        words = describe(name).label
         shared = len(observers) == 1
-        heading = with_unit(f"{label} ({observers[0]})" if shared else label, unit)
+        heading = with_unit(f"{words} ({observers[0]})" if shared else words, unit)
         cells = []
         for _, row in table.iterrows():
             text = plus_minus(row[name], row[f"{name} ±"])
@@ -102,6 +110,24 @@ def comparison_text(table: pd.DataFrame) -> pd.DataFrame:
         columns["Rounds"] = [str(n) for n in table["rounds"]]
         columns["Seeds"] = [str(n) for n in table["seeds"]]
     return pd.DataFrame(columns)
+
+
+def varied(table: pd.DataFrame) -> list[str]:
+    """The varied keys of a `comparison_table` or of `paired_differences`: what stands before the defense."""
+    names = [str(name) for name in table.columns]
+    return names[: names.index("defense")] if "defense" in names else []
+
+
+def by_variation(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each variation's label and rows; the whole table under "" if nothing was varied."""
+    keys = varied(table)
+    if not len(table):
+        return
+    if not keys:
+        yield "", table
+        return
+    for values, part in table.groupby(keys, sort=False):
+        yield label(dict(zip(keys, values, strict=True))), part
 
 
 def headline(table: pd.DataFrame) -> list[str]:

@@ -1,9 +1,8 @@
-"""Plotly figures as pure functions of frames of numbers (see `seeds.numbers`): lines, points, scatter.
+"""Plotly figures as pure functions of frames of numbers (see `seeds.numbers`): lines and points.
 
 Values are clamped nowhere; a range of more than two positive decades gets a logarithmic axis.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,18 +15,15 @@ from fedaudit.report.style import (
     INK,
     Figure,
     faint,
-    is_wide,
     lay_out,
     new_figure,
     only,
     round_ticks,
     safe,
     shown_defenses,
-    style_figure,
     styles,
     unit_of,
     value_axis,
-    wrap,
 )
 
 MAX_POINTS = 200
@@ -153,94 +149,3 @@ def by_defense(rows: pd.DataFrame, quantity: str, observer: str, defenses: Seque
     label = with_unit(describe(quantity).label, unit_of(part))
     figure.update_yaxes(**value_axis(part["value"], label))
     return figure
-
-
-def utility_against_leakage(
-    values: pd.DataFrame,
-    leakages: Sequence[tuple[str, str]],
-    defenses: Sequence[str],
-    epsilons: Mapping[str, str],
-    utility: str = "accuracy",
-) -> Figure:
-    """Utility against each leakage quantity: a large mark per defense, the mean, and a small one per seed.
-
-    Args:
-        values: one number per defense, seed, quantity and observer, see `seeds.per_seed`.
-        leakages: (quantity, observer) of the panels.
-        defenses: all defenses, in order.
-        epsilons: what to write beside each defense's mark.
-        utility: quantity on the vertical axis.
-    """
-    across = min(3, len(leakages))
-    down = math.ceil(len(leakages) / across)
-    figure = new_figure(
-        rows=down, cols=across, shared_yaxes=True, horizontal_spacing=0.05, vertical_spacing=0.32 / down
-    )
-    base = values[values["quantity"] == utility][["defense", "seed", "value"]].rename(columns={"value": "y"})
-    for i, (quantity, observer) in enumerate(leakages):
-        place = {"row": i // across + 1, "col": i % across + 1}
-        panel = only(values, quantity, observer).merge(base, on=["defense", "seed"])
-        means = panel.groupby("defense")[["value", "y"]].mean()
-        sides = _label_sides(means)
-        for defense in [name for name in defenses if name in means.index]:
-            style = styles(defenses)[defense]
-            mine = panel[panel["defense"] == defense]
-            mark = {"color": style["colour"], "symbol": style["symbol"]}
-            figure.add_scatter(
-                x=[means.at[defense, "value"]],
-                y=[means.at[defense, "y"]],
-                mode="markers+text",
-                marker={**mark, "size": 14},
-                text=[f"\u2002{safe(epsilons.get(defense, ''))}\u2002"],
-                textposition=sides[defense],
-                textfont={"size": 12, "color": INK},
-                showlegend=i == 0,
-                legendgroup=safe(defense),
-                name=safe(defense),
-                cliponaxis=False,
-                **place,
-            )
-            if len(mine) > 1:
-                figure.add_scatter(
-                    x=mine["value"].to_numpy(),
-                    y=mine["y"].to_numpy(),
-                    mode="markers",
-                    marker={**mark, "size": 6, "color": "#ffffff", "line": {"color": INK, "width": 1.2}},
-                    showlegend=False,
-                    legendgroup=safe(defense),
-                    name=f"{safe(defense)}, single seeds",
-                    **place,
-                )
-        label = with_unit(f"{describe(quantity).label} ({observer})", unit_of(panel))
-        axis = value_axis(panel["value"], label) | _padded(panel["value"])
-        figure.update_xaxes(**axis, **place)
-    title = with_unit(describe(utility).label, unit_of(values[values["quantity"] == utility]))
-    figure.update_yaxes(**_padded(base["y"]))
-    figure.update_yaxes(title_text=wrap(title, 30), col=1)
-    height = 130 + 24 * len(defenses) + 265 * down
-    note = "large marks: mean over seeds; small white marks: single seeds; up and to the left is better"
-    style_figure(figure, f"{describe(utility).label} against leakage", note, list(defenses), height)
-    figure.update_layout(margin_b=85 + 24 * len(defenses))
-    return figure
-
-
-def _label_sides(means: pd.DataFrame) -> dict[str, str]:
-    """Where each mark's label goes: towards the middle of the panel, and apart from a label close by."""
-    x = np.log10(means["value"]) if is_wide(means["value"]) else means["value"]
-    middle, span = (x.min() + x.max()) / 2, (means["y"].max() - means["y"].min()) or 1.0
-    sides: dict[str, str] = {}
-    last, crowd = -math.inf, 0
-    for name, y in means["y"].sort_values(kind="stable").items():
-        crowd = crowd + 1 if y - last < 0.07 * span else 0
-        last = y
-        across = "left" if x[str(name)] > middle else "right"
-        sides[str(name)] = f"{('middle', 'top', 'bottom')[crowd % 3]} {across}"
-    return sides
-
-
-def _padded(values: pd.Series) -> dict[str, Any]:
-    """A range with room for the labels beside the marks."""
-    sizes = np.log10(values) if is_wide(values) else values
-    low, high = float(sizes.min()), float(sizes.max())
-    pad = 0.25 * (high - low) or abs(high) * 0.1 or 0.5
-    return {"range": [low - pad, high + pad]}

@@ -13,6 +13,9 @@ from fedaudit.report.seeds import quantities_in, shown_observer
 from fedaudit.report.tables import comparison_table, paired_differences
 from fedaudit.report.verification import sentences as claims_told
 
+MAX_TOLD = 4
+"""Defenses whose intervals are told in a sentence; more are sorted by what the intervals say."""
+
 
 def findings(runs: Runs, baseline: str | None = None) -> list[str]:
     """What these runs show, one sentence or two each, as plain text.
@@ -114,6 +117,7 @@ def _differences(part: pd.DataFrame) -> str:
     name = known.label if known.role == "utility" else f"{known.label} ({first['observer']})"
     told: list[str] = []
     failing: list[str] = []
+    by_verdict: dict[str, list[str]] = {}
     for _, row in part.iterrows():
         verdict = reading(row["difference"], row["half_width"], int(row["seeds"]))
         words = f"{signed(row['difference'])}, {_ends(row)}: {verdict}"
@@ -122,11 +126,16 @@ def _differences(part: pd.DataFrame) -> str:
         if math.isnan(row["low"]):
             words = f"{signed(row['difference'])}, {verdict}"
         told.append(f"{number(row['defense_mean'])} under {row['defense']} ({words})")
+        by_verdict.setdefault(verdict, []).append(f"{row['defense']} ({number(row['defense_mean'])})")
         favourable = "higher" if known.wanted > 0 else "lower"
         if known.role in ("leakage", "attack") and known.wanted and not verdict.startswith(favourable):
             failing.append(str(row["defense"]))
     tail = f" Not shown to protect by this measure: {listing(failing)}." if failing else ""
     start = f"{name}: {number(first['baseline_mean'])}{unit} under {first['baseline']}"
+    if len(part) > MAX_TOLD:  # the intervals are in the table of differences
+        words = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in by_verdict.items())
+        words = words.replace("; one seed, no interval", " (one seed, no interval)")
+        return f"{start}. By the differences paired by seed and their 95 % intervals, {words}.{tail}"
     return f"{start}; {'; '.join(told)}.{tail}"
 
 
@@ -159,7 +168,8 @@ def _exposed(rows: pd.DataFrame) -> list[str]:
     part = own[(own["quantity"] == names[0]) & (own["observer"] == observer)]
     unit = "" if part["unit"].iloc[0] == "1" else f" {part['unit'].iloc[0]}"
     told = []
-    for defense, mine in part.groupby("defense", sort=False):
+    shown = list(dict.fromkeys(part["defense"]))[:MAX_TOLD]
+    for defense, mine in part[part["defense"].isin(shown)].groupby("defense", sort=False):
         means = mine.groupby(["seed", "client_id"])["value"].mean()
         if len(means) >= 3:
             seed, client = means.index[int(means.to_numpy().argmax())]
@@ -169,7 +179,10 @@ def _exposed(rows: pd.DataFrame) -> list[str]:
                 f"(median client: {middle}{unit})"
             )
     label = _lower(describe(names[0]).label)
-    return [f"Most exposed by {label} ({observer}), mean over rounds: {'; '.join(told)}."] if told else []
+    rest = part["defense"].nunique() - len(shown)
+    more = f" (and {rest} more defenses)" if rest else ""
+    start = f"Most exposed by {label} ({observer}), mean over rounds"
+    return [f"{start}: {'; '.join(told)}{more}."] if told else []
 
 
 def _attacks(rows: pd.DataFrame) -> list[str]:

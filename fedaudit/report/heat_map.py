@@ -23,6 +23,7 @@ from fedaudit.report.style import (
     wrap,
 )
 
+GAP = 78  # pixels between rows of panels, for "Round" and the titles below it
 WORDS = {"client_id": "Client", "layer": "Layer"}
 
 
@@ -54,12 +55,13 @@ def heat_map(
     across = min(3, len(names))
     same = len({tuple(grid.index) for grid in grids.values()}) == 1
     down = math.ceil(len(names) / across)
+    panel = min(440, max(200, 22 * max(len(grid) for grid in grids.values())))
     figure = new_figure(
         rows=down,
         cols=across,
         subplot_titles=[safe(clip(name, 130 // across)) for name in names],
         horizontal_spacing=0.03 if same else 0.09,
-        vertical_spacing=0.16 / down,
+        vertical_spacing=GAP / (down * panel + (down - 1) * GAP) if down > 1 else 0,
     )
     rounds = sorted(part["round"].unique())
     for i, name in enumerate(names):
@@ -80,7 +82,6 @@ def heat_map(
             row=i // across + 1,
             col=i % across + 1,
         )
-    tallest = max(len(grid) for grid in grids.values())
     grouped = by == "client_id" and any(
         len(part.loc[part["defense"] == n, "client_id"].unique()) > max_rows for n in names
     )
@@ -89,8 +90,7 @@ def heat_map(
         note += "; mean over clients"
     if grouped:
         note += f"; clients ranked by their mean and averaged in {max_rows} groups, most exposed first"
-    panel = min(440, max(200, 22 * tallest))
-    lay_out(figure, quantity, part, note, [], height=130 + down * (panel + 40))
+    lay_out(figure, quantity, part, note, [], height=165 + down * panel + (down - 1) * GAP)
     figure.update_layout(
         coloraxis=_colours(part, quantity, wide), margin={"t": 110, "b": 55, "l": 70, "r": 20}
     )

@@ -77,6 +77,29 @@ def plot(figure: Figure) -> str:
     )
 
 
+DASH_LENGTHS = {
+    "dash": "9 5",
+    "dot": "3 3",
+    "dashdot": "9 4 3 4",
+    "longdash": "14 6",
+    "longdashdot": "14 5 3 5",
+}
+"""How long plotly's dashes are drawn in the key."""
+
+
+def key(looks: Mapping[str, Mapping[str, str]]) -> str:
+    """Escaped names, each with its line of `style.styles`: the key of several figures."""
+    items = []
+    for name, look in looks.items():
+        dashes = DASH_LENGTHS.get(look["dash"], "none")
+        line = (
+            f'<svg width="38" height="8" aria-hidden="true"><line x1="0" y1="4" x2="38" y2="4" '
+            f'stroke="{look["colour"]}" stroke-width="2.5" stroke-dasharray="{dashes}"/></svg>'
+        )
+        items.append(f"<li>{line} {text(name)}</li>")
+    return f'<ul class="key">{"".join(items)}</ul>'
+
+
 def mapping(values: Mapping[str, Any]) -> str:
     """Keys and values on one line of plain text.
 

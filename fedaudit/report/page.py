@@ -1,6 +1,6 @@
 """One HTML file that shows runs side by side and opens without a network: `write_report`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,16 +9,19 @@ from fedaudit.records import Run, write_text
 from fedaudit.report import markup, template, verification
 from fedaudit.report.attack_section import attack_section
 from fedaudit.report.disclosure import disclosed_by_client
-from fedaudit.report.display import comparison_text, count, interval, number, signed
+from fedaudit.report.display import by_variation, comparison_text, count, interval, number, signed
 from fedaudit.report.document import document
-from fedaudit.report.evidence import Evidence, gather
-from fedaudit.report.figures import by_defense, over_rounds, utility_against_leakage
-from fedaudit.report.findings import findings, reading
+from fedaudit.report.evidence import Evidence, Runs, gather
+from fedaudit.report.figures import by_defense, over_rounds
+from fedaudit.report.findings import MAX_TOLD, findings, reading
 from fedaudit.report.guarantees import NO_GUARANTEE
 from fedaudit.report.heat_map import heat_map
+from fedaudit.report.pareto import measured_against, pareto_points
+from fedaudit.report.pareto_figure import described, pareto_figure
 from fedaudit.report.provenance import audited, configuration, notices, run_list, versions
 from fedaudit.report.quantities import PRIVACY, describe, with_unit
 from fedaudit.report.seeds import defense_of, quantities_in, seed_of, shown_observer
+from fedaudit.report.style import only, styles, unit_of, without_legend
 from fedaudit.report.tables import comparison_table, paired_differences, problems, settings
 
 MAX_PROBLEMS, MAX_HEAT_MAPS, TRANSPOSE_UP_TO = 200, 6, 5
@@ -37,11 +40,12 @@ ROLE_TITLES = {
 }
 
 
-def write_report(runs: Sequence[Run], path: str | Path) -> Path:
+def write_report(runs: Runs, path: str | Path) -> Path:
     """Write one self-contained HTML page about `runs` and return where it is.
 
     The page holds its script, style, figures and images; a content security policy in it forbids every
-    network access. Runs should differ by defense and seed; what else differs is stated at the top.
+    network access. Runs should differ by defense and seed, and by what a comparison varied: then
+    most parts are given for each variation by itself. What else differs is stated at the top.
 
     Args:
         runs: any number of runs, finished or not.
@@ -52,26 +56,30 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
     return target
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Runs) -> str:
     """The page as text."""
     evidence = gather(runs)
-    defenses, rows = evidence.defenses, evidence.rows
+    defenses = evidence.defenses
+
+    def each(draw: Callable[[Evidence], list[str]]) -> list[str]:
+        return _each_variation(evidence, draw)
+
     sections = {
         "audited": ("What was audited", [markup.facts(audited(evidence.runs))]),
-        "findings": ("Key findings", [markup.bullets(findings(evidence))]),
+        "findings": ("Key findings", each(lambda part: [markup.bullets(findings(part))])),
         "comparison": ("Comparison of defenses", _comparison(evidence)),
         "claims": ("What defense and strategy claim, tested", _claims(evidence)),
         "differences": ("Differences to the baseline, paired by seed", _differences(evidence)),
-        "scatter": ("Utility against leakage", _scatter(evidence)),
-        "rounds": ("Over rounds", _over_rounds(rows, defenses)),
-        "clients": ("Who leaks, and when", _heat_maps(rows, defenses)),
-        "ledger": ("Membership disclosure over all rounds", _disclosure(evidence.runs)),
-        "layers": ("Which layer leaks what", _layer_maps(evidence.layers, defenses)),
-        "attacks": ("Attacks", [attack_section(evidence)]),
-        "missing": ("Skipped, failed and rejected", _problems(evidence)),
+        "scatter": ("Utility against leakage", each(lambda part: _scatter(part, defenses))),
+        "rounds": ("Over rounds", each(lambda part: _over_rounds(part.rows, defenses))),
+        "clients": ("Who leaks, and when", each(lambda part: _heat_maps(part.rows, defenses))),
+        "ledger": ("Membership disclosure over all rounds", each(lambda part: _disclosure(part.runs))),
+        "layers": ("Which layer leaks what", each(lambda part: _layer_maps(part.layers, defenses))),
+        "attacks": ("Attacks", each(lambda part: list(filter(None, [attack_section(part)])))),
+        "missing": ("Skipped, failed and rejected", each(_problems)),
         "reading": ("How to read these numbers", _how_to_read(evidence)),
         "threats": ("Threat model", _threats()),
-        "settings": ("Settings behind the numbers", _settings(evidence)),
+        "settings": ("Settings behind the numbers", each(_settings)),
         "configuration": ("Runs, configuration and versions", _provenance(evidence.runs)),
     }
     drawn = {name: (title, markup.section(name, title, *parts)) for name, (title, parts) in sections.items()}
@@ -80,33 +88,57 @@ def render(runs: Sequence[Run]) -> str:
         title = f"Leakage audit of {len(defenses)} defenses"
     warnings = notices(evidence)
     notice = f'<div class="notice" role="note">{markup.bullets(warnings)}</div>' if warnings else ""
-    return document(title, _subtitle(evidence.runs, len(evidence.pooled)), drawn, notice)
+    return document(title, _subtitle(evidence), drawn, notice)
 
 
-def _subtitle(runs: Sequence[Run], records: int) -> str:
+def _each_variation(evidence: Evidence, draw: Callable[[Evidence], list[str]]) -> list[str]:
+    """What `draw` makes of each variation, under its name; without a name if nothing was varied."""
+    parts = []
+    for label, part in evidence.variations.items():
+        drawn = draw(part)
+        if drawn and label:
+            parts.append(_variation(label))
+        parts += drawn
+    return parts
+
+
+def _variation(label: str) -> str:
+    return f'<h3 class="variation">{markup.text(label)}</h3>'
+
+
+def _subtitle(evidence: Evidence) -> str:
+    runs, records = evidence.runs, len(evidence.pooled)
     started = sorted(str(s) for run in runs if (s := run.info.get("run", {}).get("started")))
     when = ""
     if started:
         first, last = started[0][:16].replace("T", " "), started[-1][:16].replace("T", " ")
         when = f", started {first}" if first == last else f", started {first} to {last}"
-    return f"{count(len(runs), 'run')}, {count(records, 'record')}{when}"
+    varied = f"{count(len(evidence.variations), 'variation')}, " if evidence.varied else ""
+    return f"{varied}{count(len(runs), 'run')}, {count(records, 'record')}{when}"
 
 
 def _comparison(evidence: Evidence) -> list[str]:
-    shown = comparison_text(comparison_table(evidence))
-    if not len(shown):
+    parts = []
+    for label, mine in by_variation(comparison_table(evidence)):
+        shown = comparison_text(mine)
+        parts.append(_variation(label) if label else "")
+        if len(shown) <= TRANSPOSE_UP_TO:
+            shown = shown.set_index("Defense").T.reset_index().rename(columns={"index": "Quantity"})
+        else:  # what is the same in every row needs no column, and the table has no room for it
+            same = [name for name in ("Rounds", "Seeds") if shown[name].nunique() == 1]
+            extent = ", ".join(f"{name.lower()}: {shown[name].iloc[0]}" for name in same)
+            parts.append(markup.paragraph(f"In all rows, {extent}.", "quiet") if same else "")
+            shown = shown.drop(columns=same)
+        right = [str(name) for name in shown.columns[1:]]
+        parts.append(markup.table(shown, right=right, kind="comparison"))
+    if not parts:
         return []
-    if len(shown) <= TRANSPOSE_UP_TO:
-        turned = shown.set_index("Defense").T.reset_index().rename(columns={"index": "Quantity"})
-        drawn = markup.table(turned, right=[str(name) for name in turned.columns[1:]], kind="comparison")
-    else:
-        drawn = markup.table(shown, right=[str(name) for name in shown.columns[1:]], kind="comparison")
     note = (
         "Mean ± half-width of the 95 % interval over seeds. Accuracy is that of the last evaluated round; "
         "leakage is the mean over clients and audited rounds; attack scores are means over attacked updates; "
         "ε is the largest over clients and seeds. In brackets: who observed it."
     )
-    return [drawn, markup.paragraph(note, "quiet"), markup.paragraph(template.INTERVALS, "quiet")]
+    return [*parts, markup.paragraph(note, "quiet"), markup.paragraph(template.INTERVALS, "quiet")]
 
 
 def _claims(evidence: Evidence) -> list[str]:
@@ -128,9 +160,23 @@ def _differences(evidence: Evidence) -> list[str]:
     if not len(frame):
         return []
     baseline = str(frame["baseline"].iloc[0])
+    note = f"Defense minus {baseline}, over the seeds that both were run with."
+    parts = [markup.paragraph(note, "quiet"), markup.paragraph(template.BOOTSTRAP, "quiet")]
+    for label, part in by_variation(frame):
+        parts.append(_variation(label) if label else "")
+        many = part["defense"].nunique() > MAX_TOLD  # then a click opens each
+        for defense, mine in part.groupby("defense", sort=False):
+            drawn = markup.table(*_differences_text(mine, baseline))
+            name = markup.text(defense)
+            opened = f"<details><summary>{name}</summary>{drawn}</details>"
+            parts.append(opened if many else f"<h3>{name}</h3>{drawn}")
+    return parts
+
+
+def _differences_text(frame: pd.DataFrame, baseline: str) -> tuple[pd.DataFrame, list[str]]:
+    """The table of one defense, and its columns of numbers."""
     shown = pd.DataFrame(
         {
-            "Defense": frame["defense"],
             "Quantity": [
                 with_unit(describe(q).label, u) for q, u in zip(frame["quantity"], frame["unit"], strict=True)
             ],
@@ -138,8 +184,12 @@ def _differences(evidence: Evidence) -> list[str]:
             f"Under {baseline}": frame["baseline_mean"].map(number),
             "Under the defense": frame["defense_mean"].map(number),
             "Difference": frame["difference"].map(signed),
-            "95 % interval": [
+            "95 % interval (t)": [
                 interval(low, high) for low, high in zip(frame["low"], frame["high"], strict=True)
+            ],
+            "Bootstrap": [
+                interval(low, high)
+                for low, high in zip(frame["bootstrap_low"], frame["bootstrap_high"], strict=True)
             ],
             "Seeds": frame["seeds"],
             "Reading": [
@@ -147,47 +197,36 @@ def _differences(evidence: Evidence) -> list[str]:
             ],
         }
     )
-    note = f"Defense minus {baseline}, over the seeds that both were run with."
-    right = [f"Under {baseline}", "Under the defense", "Difference", "95 % interval", "Seeds"]
-    parts = [markup.paragraph(note, "quiet")]
-    for defense, mine in shown.groupby("Defense", sort=False):
-        parts.append(f"<h3>{markup.text(defense)}</h3>")
-        parts.append(markup.table(mine.drop(columns="Defense"), right=right))
-    return parts
+    numbers = [f"Under {baseline}", "Under the defense", "Difference", "95 % interval (t)", "Bootstrap"]
+    return shown, [*numbers, "Seeds"]
 
 
-def _leakages(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """Leakage and headline attack scores with the observer that is compared."""
-    names = [
-        q for q in quantities_in(rows) if describe(q).role in ("leakage", "attack") and describe(q).headline
-    ]
-    return [(name, shown_observer(rows, name)) for name in names]
-
-
-def _scatter(evidence: Evidence) -> list[str]:
-    values = evidence.values
-    having = set(
-        zip(*(values.loc[values["quantity"] == "accuracy", c] for c in ("defense", "seed")), strict=True)
-    )
-    drawable = []
-    for quantity, observer in _leakages(evidence.rows):
-        part = values[(values["quantity"] == quantity) & (values["observer"] == observer)]
-        if having & set(zip(part["defense"], part["seed"], strict=True)):
-            drawable.append((quantity, observer))
-    if not drawable:
+def _scatter(evidence: Evidence, defenses: Sequence[str]) -> list[str]:
+    panels, told = [], []
+    for quantity, observer in measured_against(evidence):
+        points = pareto_points(evidence, quantity, observer)
+        if not len(points):
+            continue
+        unit = unit_of(only(evidence.values, quantity, observer))
+        panels.append((quantity, observer, unit, points))
+        if len(points) > 1:
+            told += [f"{describe(quantity).label} ({observer}): {line}" for line in described(points)]
+    if not panels:
         return []
     labels = {}
     for defense, worst in evidence.guarantees.items():
         labels[defense] = NO_GUARANTEE if worst.epsilon is None else f"ε = {number(worst.epsilon)}"
-    figure = utility_against_leakage(values, drawable, evidence.defenses, labels)
-    note = "ε is the worst client's, at the δ, unit and accountant given in the comparison table."
-    return [markup.plot(figure), markup.paragraph(note, "quiet")]
+    utility = unit_of(evidence.values[evidence.values["quantity"] == "accuracy"])
+    figure = pareto_figure(panels, defenses, labels, ("accuracy", utility))
+    parts = [markup.plot(figure), markup.paragraph(template.FRONT, "quiet")]
+    return parts + ([markup.bullets(told)] if told else [])
 
 
 def _over_rounds(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
     measured: dict[str, list[tuple[str, pd.DataFrame]]] = {}
     for (quantity, observer), part in rows.groupby(["quantity", "observer"]):
         measured.setdefault(str(quantity), []).append((str(observer), part))
+    many = len(defenses) > TRANSPOSE_UP_TO
     parts = []
     for role, title in ROLE_TITLES.items():
         plots = []
@@ -197,10 +236,11 @@ def _over_rounds(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
             for observer, part in measured[quantity]:
                 few = part["round"].nunique() < 3 and bool(part["client_id"].notna().all())
                 draw = by_defense if few else over_rounds
-                plots.append(markup.plot(draw(part, quantity, observer, defenses)))
+                figure = draw(part, quantity, observer, defenses)
+                plots.append(markup.plot(without_legend(figure) if many else figure))
         if plots:
             parts += [f"<h3>{title}</h3>", '<div class="plots">' + "\n".join(plots) + "</div>"]
-    return parts
+    return [markup.key(styles(defenses)), *parts] if many and parts else parts
 
 
 def _heat_maps(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Where the numbers come from: what was audited, runs, configuration, versions, and what to be wary of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,15 @@ from fedaudit.report.display import listing
 from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.quantities import PRIVACY
 from fedaudit.report.seeds import defense_of, defenses_in, last_round, seed_of
+from fedaudit.report.variations import configuration_of, varied_keys
+from fedaudit.vary import written
 
-EXPECTED_TO_DIFFER = ("seed", "defense.name", "compare.defenses", "compare.seeds", "output.directory")
+EXPECTED_TO_DIFFER = (
+    "seed",
+    "defense.name",
+    *("compare.defenses", "compare.seeds", "compare.vary", "compare.baseline", "compare.against"),
+    *("output.directory", "output.name"),
+)
 SHOWN = (
     ("Data", "data.name"),
     ("Partition", "data.partitioner"),
@@ -41,9 +48,11 @@ def audited(runs: Sequence[Run]) -> list[tuple[str, str]]:
         return []
     pairs = []
     for label, key in SHOWN:
-        if key == "train.local-steps" and not any(_config(run).get(key) for run in runs):
+        if key == "train.local-steps" and not any(configuration_of(run).get(key) for run in runs):
             continue  # 0 means by epochs
-        if key == "train.local-epochs" and all(_config(run).get("train.local-steps") for run in runs):
+        if key == "train.local-epochs" and all(
+            configuration_of(run).get("train.local-steps") for run in runs
+        ):
             continue
         pairs.append((label, _values(runs, key)))
     devices = dict.fromkeys(str(d) for run in runs if (d := run.info.get("run", {}).get("device")))
@@ -53,6 +62,7 @@ def audited(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Device", ", ".join(devices)),
         ("Defenses", ", ".join(defenses_in(runs))),
         ("Seeds", listing(list(seeds), 12)),
+        ("Varied", "; ".join(f"{key}: {' | '.join(_distinct(runs, key))}" for key in varied_keys(runs))),
     ]
 
 
@@ -65,21 +75,30 @@ def notices(runs: Runs) -> list[str]:
         found.append("No runs were given.")
     for run in kept:
         if not run.summary:
-            planned = _config(run).get("federation.rounds")
+            planned = configuration_of(run).get("federation.rounds")
             of = f" of {planned}" if planned else ""
             found.append(f"{run.name} did not end: it holds records up to round {last_round(run)}{of}.")
     if evidence.left_out:
         unused = listing([run.name for run in evidence.left_out])
         found.append(f"Left out, because another run has the same defense and seed: {unused}.")
+    missing = [name for name in evidence.against if name not in set(evidence.rows["quantity"])]
+    if missing:
+        found.append(f"No run recorded what compare.against names: {listing(missing)}.")
     differing = [
-        key for key in _keys(kept) if key not in EXPECTED_TO_DIFFER and len(_distinct(kept, key)) > 1
+        key
+        for key in _keys(kept)
+        if key not in (*EXPECTED_TO_DIFFER, *evidence.varied) and len(_distinct(kept, key)) > 1
     ]
     if differing:
         found.append(
             f"These runs differ in more than defense and seed: {listing(differing, 12)}. A difference "
             "between defenses can come from that."
         )
-    seeds = {name: {seed_of(run) for run in its_runs} for name, its_runs in evidence.by_defense.items()}
+    seeds = {
+        (label, name): {seed_of(run) for run in its_runs}
+        for label, part in evidence.variations.items()
+        for name, its_runs in part.by_defense.items()
+    }
     if kept and max(map(len, seeds.values())) < 2:
         found.append("One seed per defense: no intervals, and differences may be chance.")
     elif len({frozenset(s) for s in seeds.values()}) > 1:
@@ -159,8 +178,8 @@ def _table(runs: Sequence[Run], name: str, heading: str) -> pd.DataFrame:
     for key in sorted(keys):
         by_value: dict[str, list[str]] = {}
         for run_name, values in tables:
-            written = _written(values[key]) if key in values else "not recorded"
-            by_value.setdefault(written, []).append(run_name)
+            value = written(values[key]) if key in values else "not recorded"
+            by_value.setdefault(value, []).append(run_name)
         if len(by_value) == 1:
             rows.append((key, next(iter(by_value))))
         else:
@@ -169,23 +188,17 @@ def _table(runs: Sequence[Run], name: str, heading: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[heading, "Value"])
 
 
-def _config(run: Run) -> Mapping[str, Any]:
-    return flatten(run.info.get("config", {}))
-
-
 def _keys(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(str(key) for run in runs for key in _config(run)))
+    return list(dict.fromkeys(str(key) for run in runs for key in configuration_of(run)))
 
 
 def _distinct(runs: Sequence[Run], key: str) -> list[str]:
-    return list(dict.fromkeys(_written(_config(run).get(key)) for run in runs))
+    return list(dict.fromkeys(_text(configuration_of(run).get(key)) for run in runs))
 
 
 def _values(runs: Sequence[Run], key: str) -> str:
     return ", ".join(v for v in _distinct(runs, key) if v)
 
 
-def _written(value: Any) -> str:
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _text(value: Any) -> str:
+    return "" if value is None else written(value)

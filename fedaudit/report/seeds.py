@@ -1,11 +1,11 @@
-"""Runs to one number per defense, seed and quantity, and from there to means and intervals over seeds.
+"""Runs to one number per variation, defense, seed and quantity, and from there to intervals over seeds.
 
 The seed is the unit of replication: clients and rounds of one run share a model and are averaged first.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,11 +15,13 @@ from scipy import stats
 
 from fedaudit.records import AuditRecord, Run
 from fedaudit.report.quantities import BOUND, PRIVACY, describe, order
+from fedaudit.report.variations import variation_of, varied_keys
 
 OBSERVERS = ("oracle", "client", "server")
 """Whose number is shown where several observers have one: those who see the data first."""
 
-KEYS = ["defense", "seed", "quantity", "observer"]
+GROUP = ["variation", "defense", "quantity", "observer"]
+KEYS = [*GROUP, "seed"]
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, int]:
@@ -62,13 +64,15 @@ def last_round(run: Run) -> int:
 
 
 def distinct_runs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Runs to use and runs left out: of several with one defense and seed the furthest, then the latest.
+    """Runs to use and runs left out: one for each variation, defense and seed is used.
 
-    Two runs with the same seed are not independent, so they may not both enter an interval over seeds.
+    Of several it is the one that got furthest, then the latest. Two runs with the same seed are not
+    independent, so they may not both enter an interval over seeds.
     """
-    best: dict[tuple[str, str], Run] = {}
+    best: dict[tuple[str, str, str], Run] = {}
+    keys = varied_keys(runs)
     for run in runs:
-        key = (defense_of(run), seed_of(run))
+        key = (variation_of(run, keys), defense_of(run), seed_of(run))
         if key not in best or _progress(run) >= _progress(best[key]):
             best[key] = run
     kept = [run for run in runs if any(run is other for other in best.values())]
@@ -80,15 +84,18 @@ def _progress(run: Run) -> tuple[int, bool, str]:
 
 
 def pool(runs: Sequence[Run]) -> pd.DataFrame:
-    """The records of all runs in one frame, with columns "run" and "seed" added."""
+    """The records of all runs in one frame, with columns "run", "seed" and "variation" added."""
+    keys = varied_keys(runs)
     frames = [
-        run.records.assign(run=run.name, seed=seed_of(run), defense=defense_of(run))
+        run.records.assign(
+            run=run.name, seed=seed_of(run), defense=defense_of(run), variation=variation_of(run, keys)
+        )
         for run in runs
         if len(run.records)
     ]
     if frames:
         return pd.concat(frames, ignore_index=True)
-    return pd.DataFrame(columns=[*(f.name for f in fields(AuditRecord)), "run", "seed"])
+    return pd.DataFrame(columns=[*(f.name for f in fields(AuditRecord)), "run", "seed", "variation"])
 
 
 def numbers(frame: pd.DataFrame) -> pd.DataFrame:
@@ -130,68 +137,59 @@ def _number(value: Any) -> float:
 
 
 def per_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """One number per defense, seed, quantity and observer.
+    """One number per variation, defense, seed, quantity and observer.
 
     Pooled as the quantity asks for: mean over the last round that has it (accuracy), sum (time), else mean
     over all clients and rounds. Columns: KEYS, "unit", "kind", "value", "clients", "round" (the last used).
     """
-    pieces = []
-    poolings = {name: describe(name).pooling for name in rows["quantity"].unique()}
-    for pooling, part in rows.groupby(rows["quantity"].map(poolings)):
-        used = part
-        if pooling == "last":
-            used = part[part["round"] == part.groupby(KEYS)["round"].transform("max")]
-        how = "sum" if pooling == "sum" else "mean"
-        pieces.append(
-            used.groupby(KEYS, as_index=False).agg(
-                unit=("unit", "first"),
-                kind=("kind", "first"),
-                value=("value", how),
-                clients=("client_id", "nunique"),
-                round=("round", "max"),
-            )
+    pieces = [
+        used.groupby(KEYS, as_index=False).agg(
+            unit=("unit", "first"),
+            kind=("kind", "first"),
+            value=("value", "sum" if pooling == "sum" else "mean"),
+            clients=("client_id", "nunique"),
+            round=("round", "max"),
         )
+        for pooling, used in _by_pooling(rows)
+    ]
     if not pieces:
         return pd.DataFrame(columns=[*KEYS, "unit", "kind", "value", "clients", "round"])
     return pd.concat(pieces, ignore_index=True)
 
 
+def per_client(rows: pd.DataFrame) -> pd.DataFrame:
+    """What `per_seed` averages, by client: columns KEYS, "client_id" (may be missing), "sum" and "count"."""
+    pieces = []
+    for pooling, used in _by_pooling(rows):
+        grouped = used.groupby([*KEYS, "client_id"], dropna=False, as_index=False)
+        piece = grouped.agg(sum=("value", "sum"), count=("value", "size"))
+        pieces.append(piece.assign(count=1) if pooling == "sum" else piece)
+    if not pieces:
+        return pd.DataFrame(columns=[*KEYS, "client_id", "sum", "count"])
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _by_pooling(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows that are pooled in one way, those of earlier rounds aside where only the last counts."""
+    poolings = {name: describe(name).pooling for name in rows["quantity"].unique()}
+    for pooling, part in rows.groupby(rows["quantity"].map(poolings)):
+        if pooling == "last":
+            part = part[part["round"] == part.groupby(KEYS)["round"].transform("max")]
+        yield str(pooling), part
+
+
 def over_seeds(values: pd.DataFrame) -> pd.DataFrame:
     """Mean and 95 % half-width over seeds of a `per_seed` frame, in reading order.
 
-    Columns: "defense", "quantity", "observer", "unit", "kind", "mean", "half_width", "seeds", "clients",
-    "round".
+    Columns: GROUP, "unit", "kind", "mean", "half_width", "seeds", "clients", "round".
     """
     rows = []
-    for (defense, quantity, observer), part in values.groupby(["defense", "quantity", "observer"]):
+    for group, part in values.groupby(GROUP):
         mean, half, n = t_interval(part["value"].to_list())
         first = part.iloc[0]
-        rows.append(
-            {
-                "defense": defense,
-                "quantity": quantity,
-                "observer": observer,
-                "unit": first["unit"],
-                "kind": first["kind"],
-                "mean": mean,
-                "half_width": half,
-                "seeds": n,
-                "clients": int(part["clients"].max()),
-                "round": int(part["round"].max()),
-            }
-        )
-    columns = [
-        "defense",
-        "quantity",
-        "observer",
-        "unit",
-        "kind",
-        "mean",
-        "half_width",
-        "seeds",
-        "clients",
-        "round",
-    ]
+        clients, last = int(part["clients"].max()), int(part["round"].max())
+        rows.append((*group, first["unit"], first["kind"], mean, half, n, clients, last))
+    columns = [*GROUP, "unit", "kind", "mean", "half_width", "seeds", "clients", "round"]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.sort_values("quantity", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 

@@ -22,15 +22,19 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
+ENTRY, BELOW = 29, 62  # pixels: a line of the legend, and below a plot without one
 INK, QUIET, RULE, GRID = "#1f2933", "#52606d", "#9aa5b1", "#e3e7eb"
 
 
 def styles(defenses: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour, marker symbol and dash of each defense, the same in every figure of a page."""
+    """Colour, marker symbol and dash of each defense, the same in every figure of a page.
+
+    When the colours begin again, symbols and dashes are shifted: 42 defenses have a pair of their own.
+    """
     return {
         defense: {
             "colour": OKABE_ITO[i % len(OKABE_ITO)],
-            "symbol": SYMBOLS[i % len(SYMBOLS)],
+            "symbol": SYMBOLS[(i + i // len(OKABE_ITO)) % len(SYMBOLS)],
             "dash": DASHES[i % len(DASHES)],
         }
         for i, defense in enumerate(defenses)
@@ -71,7 +75,7 @@ def lay_out(
     kinds = ", ".join(dict.fromkeys(part["kind"]))
     observers = ", ".join(dict.fromkeys(part["observer"]))
     note = f"observer: {safe(observers)} · {safe(kinds)} · {note}"
-    style_figure(figure, describe(quantity).label, note, legend, height or 330 + 24 * len(legend))
+    style_figure(figure, describe(quantity).label, note, legend, height or 330 + ENTRY * len(legend))
 
 
 def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], height: int) -> None:
@@ -93,7 +97,7 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
         },
         font=size,
         height=height,
-        margin={"t": 72, "b": 62 + 24 * len(legend), "l": 72, "r": 16},
+        margin={"t": 72, "b": BELOW + ENTRY * len(legend), "l": 72, "r": 16},
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
         hovermode="closest",
@@ -105,6 +109,7 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
             "yref": "container",
             "yanchor": "bottom",
             "font": {"size": 12},
+            "maxheight": max(30, ENTRY * len(legend) + 16),
         },
     )
     axis = {
@@ -117,6 +122,12 @@ def style_figure(figure: Figure, title: str, note: str, legend: Sequence[str], h
     }
     figure.update_xaxes(**axis, title={"standoff": 8, "font": {"size": 13}}, automargin=True)
     figure.update_yaxes(**axis, title={"standoff": 10, "font": {"size": 13}}, automargin=True)
+
+
+def without_legend(figure: Figure) -> Figure:
+    """The same figure without its legend and the room for it, where one key serves several figures."""
+    room = int(figure.layout.margin.b) - BELOW
+    return figure.update_layout(showlegend=False, margin_b=BELOW, height=int(figure.layout.height) - room)
 
 
 def value_axis(values: pd.Series, label: str, length: int = 30) -> dict[str, Any]:

@@ -1,73 +1,85 @@
 """Runs to tables: one row per defense, differences to a baseline paired by seed, a summary of one run."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import pandas as pd
 
 from fedaudit.claims import VERIFY
-from fedaudit.report.evidence import Runs, gather
+from fedaudit.report.evidence import Evidence, Runs, gather
 from fedaudit.report.guarantees import worst_epsilon
 from fedaudit.report.quantities import describe
+from fedaudit.report.resampling import bootstrap_interval
 from fedaudit.report.seeds import (
     last_round,
     numbers,
-    over_seeds,
     parse_extras,
     quantities_in,
     shown_observer,
     t_interval,
 )
+from fedaudit.report.variations import values_of
 
 TIME = "round-seconds"
 SHOWN_CLIENTS = 5
 
 
 def comparison_table(runs: Runs) -> pd.DataFrame:
-    """One row per defense: utility, leakage, attack success, formal epsilon, time.
+    """One row per variation and defense: utility, leakage, attack success, formal epsilon, time.
 
-    For every headline quantity q the columns are "q" (mean over seeds), "q ±" (half-width of the Student-t
-    95 % interval over seeds, NaN for one seed), "q unit" and "q observer"; the observer is the first of
-    oracle, client, server that all defenses have. Then "epsilon", "delta", "privacy-unit", "accountant" and
-    "adversary" of the worst client over all seeds, "guarantee" (the five as text), "seconds", "seconds ±",
-    "rounds" and "seeds". A measure that is new to the report is a headline quantity.
+    First a column for every varied key, "train.batch-size", then "defense". For every headline quantity q:
+    "q" (mean over seeds), "q ±" (half-width of the Student-t 95 % interval over seeds, NaN for one seed),
+    "q low" and "q high" (95 % bootstrap over seeds and clients, see `resampling` for what it covers with few
+    seeds), "q unit" and "q observer"; the observer is the first of oracle, client, server that all defenses
+    have. Then "epsilon", "delta", "privacy-unit", "accountant" and "adversary" of the worst client over all
+    seeds, "guarantee" (the five as text), "seconds", "seconds ±", "rounds" and "seeds". A measure that is new
+    to the report is a headline quantity, and so is what `compare.against` names.
 
     The intervals cover the choice of seed only: not other data, models or settings.
 
     Args:
-        runs: runs that differ by defense and seed; of two with the same defense and seed one is used.
+        runs: runs that differ by variation, defense and seed; of two with all three alike one is used.
 
     Returns:
         The table; no rows if there are no runs.
     """
     evidence = gather(runs)
     rows = evidence.rows
-    means = over_seeds(evidence.values)
-    headline = ["accuracy", *(q for q in quantities_in(rows) if describe(q).headline and q != "accuracy")]
+    names = [q for q in quantities_in(rows) if describe(q).headline or q in evidence.against]
+    headline = ["accuracy", *(name for name in names if name != "accuracy")]
     observers = {quantity: shown_observer(rows, quantity) for quantity in headline}
     table = []
-    for defense, its_runs in evidence.by_defense.items():
-        mine = means[means["defense"] == defense]
-        row: dict[str, Any] = {"defense": defense}
-        for quantity in headline:
-            row |= _cells(mine[mine["quantity"] == quantity], quantity, observers[quantity])
-        worst = evidence.guarantees[defense]
-        row |= {
-            "epsilon": math.nan if worst.epsilon is None else worst.epsilon,
-            "delta": math.nan if worst.delta is None else worst.delta,
-            "privacy-unit": worst.unit or "",
-            "accountant": worst.accountant or "",
-            "adversary": worst.adversary or ("" if worst.epsilon is None else "anyone"),
-            "guarantee": str(worst),
-        }
-        time = mine[mine["quantity"] == TIME]
-        row["seconds"] = float(time["mean"].iloc[0]) if len(time) else math.nan
-        row["seconds ±"] = float(time["half_width"].iloc[0]) if len(time) else math.nan
-        row["rounds"] = min(last_round(run) for run in its_runs)
-        row["seeds"] = len(its_runs)
-        table.append(row)
+    for part in evidence.variations.values():
+        for defense, its_runs in part.by_defense.items():
+            row: dict[str, Any] = values_of(its_runs[0], evidence.varied) | {"defense": defense}
+            table.append(row | _measured(part, defense, headline, observers))
     return pd.DataFrame(table)
+
+
+def _measured(
+    evidence: Evidence, defense: str, headline: Sequence[str], observers: Mapping[str, str]
+) -> dict[str, Any]:
+    """What one variation shows of one defense."""
+    mine = evidence.means[evidence.means["defense"] == defense]
+    row: dict[str, Any] = {}
+    for quantity in headline:
+        row |= _cells(mine[mine["quantity"] == quantity], quantity, observers[quantity])
+    worst = evidence.guarantees[defense]
+    time = mine[mine["quantity"] == TIME]
+    its_runs = evidence.by_defense[defense]
+    return row | {
+        "epsilon": math.nan if worst.epsilon is None else worst.epsilon,
+        "delta": math.nan if worst.delta is None else worst.delta,
+        "privacy-unit": worst.unit or "",
+        "accountant": worst.accountant or "",
+        "adversary": worst.adversary or ("" if worst.epsilon is None else "anyone"),
+        "guarantee": str(worst),
+        "seconds": float(time["mean"].iloc[0]) if len(time) else math.nan,
+        "seconds ±": float(time["half_width"].iloc[0]) if len(time) else math.nan,
+        "rounds": min(last_round(run) for run in its_runs),
+        "seeds": len(its_runs),
+    }
 
 
 def _cells(means: pd.DataFrame, quantity: str, observer: str) -> dict[str, Any]:
@@ -78,6 +90,8 @@ def _cells(means: pd.DataFrame, quantity: str, observer: str) -> dict[str, Any]:
     return {
         quantity: math.nan if cell is None else float(cell["mean"]),
         f"{quantity} ±": math.nan if cell is None else float(cell["half_width"]),
+        f"{quantity} low": math.nan if cell is None else float(cell["low"]),
+        f"{quantity} high": math.nan if cell is None else float(cell["high"]),
         f"{quantity} unit": "" if cell is None else str(cell["unit"]),
         f"{quantity} observer": "" if cell is None else str(cell["observer"]),
     }
@@ -86,17 +100,19 @@ def _cells(means: pd.DataFrame, quantity: str, observer: str) -> dict[str, Any]:
 def paired_differences(runs: Runs, baseline: str = "none") -> pd.DataFrame:
     """Each defense minus the baseline, paired by seed, for every quantity and observer both have.
 
-    d_s = value(defense, seed s) - value(baseline, seed s); the row gives their mean and Student-t 95 %
-    interval over the n common seeds. Pairing removes what a seed changes for both: data split and
-    initial weights. With two seeds the t factor is 12.7 and the interval wide; with one there is none.
+    d_s = value(defense, seed s) - value(baseline, seed s) under the same variation; the row gives their mean
+    and Student-t 95 % interval over the n common seeds. Pairing removes what a seed changes for both: data
+    split and initial weights. With two seeds the t factor is 12.7 and the interval wide; with one there is
+    none. The bootstrap interval draws seeds, and clients within them, for both defenses at once.
 
     Args:
-        runs: runs that differ by defense and seed.
+        runs: runs that differ by variation, defense and seed.
         baseline: the defense to subtract, as written in the records.
 
     Returns:
-        Columns "defense", "baseline", "quantity", "observer", "unit", "baseline_mean", "defense_mean",
-        "difference", "half_width", "low", "high", "seeds"; no rows if there is nothing to pair.
+        A column for every varied key, then "defense", "baseline", "quantity", "observer", "unit",
+        "baseline_mean", "defense_mean", "difference", "half_width", "low", "high", "bootstrap_low",
+        "bootstrap_high", "seeds"; no rows if there is nothing to pair.
 
     Raises:
         ValueError: if there are runs but none with the baseline.
@@ -110,28 +126,57 @@ def paired_differences(runs: Runs, baseline: str = "none") -> pd.DataFrame:
         )
     columns = [
         *("defense", "baseline", "quantity", "observer", "unit", "baseline_mean", "defense_mean"),
-        *("difference", "half_width", "low", "high", "seeds"),
+        *("difference", "half_width", "low", "high", "bootstrap_low", "bootstrap_high", "seeds"),
     ]
-    values = evidence.values
-    ours = values[values["defense"] == baseline]
-    paired = ["seed", "quantity", "observer"]
-    others = values[values["defense"] != baseline]
-    both = others.merge(ours[[*paired, "value"]], on=paired, suffixes=("", "_base"))
-    rows = []
-    for defense in defenses:
+    rows = [
+        (*values_of(part.runs[0], evidence.varied).values(), *row)
+        for part in evidence.variations.values()
+        for row in _paired(part, baseline)
+    ]
+    return pd.DataFrame(rows, columns=[*evidence.varied, *columns])
+
+
+def _paired(evidence: Evidence, baseline: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of `paired_differences` of one variation."""
+    both = _beside(evidence.values, baseline, "value", how="inner")
+    clients = _beside(evidence.by_client, baseline, "sum", "count", how="outer")
+    cells = dict(list(clients.groupby(["defense", "quantity", "observer"])))
+    for defense in evidence.defenses:
         mine = both[both["defense"] == defense]
         for quantity in quantities_in(mine):
             for observer, part in mine[mine["quantity"] == quantity].groupby("observer"):
                 difference, half, n = t_interval((part["value"] - part["value_base"]).to_list())
                 means = part["value_base"].mean(), part["value"].mean()
                 ends = difference, half, difference - half, difference + half
-                rows.append((defense, baseline, quantity, observer, part["unit"].iloc[0], *means, *ends, n))
-    return pd.DataFrame(rows, columns=columns)
+                pairs = cells[defense, quantity, observer]
+                drawn = bootstrap_interval(
+                    [
+                        pairs.loc[
+                            pairs["seed"] == seed, ["sum", "count", "sum_base", "count_base"]
+                        ].to_numpy()
+                        for seed in part["seed"]
+                    ]
+                )
+                yield defense, baseline, quantity, observer, part["unit"].iloc[0], *means, *ends, *drawn, n
+
+
+def _beside(frame: pd.DataFrame, baseline: str, *names: str, how: Literal["inner", "outer"]) -> pd.DataFrame:
+    """Every other defense's rows with the baseline's columns of these names beside them, "_base" added."""
+    paired = [name for name in ("seed", "quantity", "observer", "client_id") if name in frame]
+    ours = frame.loc[frame["defense"] == baseline, [*paired, *names]]
+    found = [
+        others.merge(ours, on=paired, suffixes=("", "_base"), how=how).assign(defense=defense)
+        for defense, others in frame[frame["defense"] != baseline].groupby("defense")
+    ]
+    columns = [*frame.columns, *(f"{name}_base" for name in names)]
+    joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+    numbers = [*names, *(f"{name}_base" for name in names)]
+    return joined.assign(**{name: joined[name].astype(float).fillna(0.0) for name in numbers})
 
 
 def all_quantities(runs: Runs) -> pd.DataFrame:
-    """Every quantity by every observer, one row each per defense: see `seeds.over_seeds` for the columns."""
-    return over_seeds(gather(runs).values)
+    """Every quantity by every observer, one row each per variation and defense: see `Evidence.means`."""
+    return gather(runs).means
 
 
 def problems(runs: Runs) -> pd.DataFrame:

@@ -17,6 +17,8 @@ header { border-bottom: 3px solid var(--mark); padding-bottom: 14px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; }
 h2 { font-size: 20px; margin: 40px 0 10px; padding-bottom: 4px; border-bottom: 1px solid var(--rule); }
 h3 { font-size: 16px; margin: 26px 0 8px; }
+h3.variation { font-size: 17px; margin: 30px 0 10px; padding: 4px 10px; background: var(--shade);
+  border-left: 4px solid var(--mark); overflow-wrap: anywhere; }
 p { margin: 6px 0 10px; max-width: 95ch; }
 .quiet { color: var(--quiet); font-size: 14px; }
 nav { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 12px 0 0; font-size: 14px; }
@@ -41,6 +43,8 @@ tbody tr:nth-child(even) { background: var(--shade); }
 table.comparison td:first-child, table.reading td:first-child { font-weight: 600; }
 td.short { white-space: nowrap; }
 td.long { overflow-wrap: anywhere; }
+.key { display: flex; flex-wrap: wrap; gap: 2px 22px; list-style: none; padding: 0; font-size: 14px; }
+.key li { margin: 2px 0; }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 18px 26px; align-items: start; }
 .plots > .plot { min-width: 0; }
 .plot { width: 100%; margin: 6px 0; break-inside: avoid; }
@@ -124,6 +128,22 @@ INTERVALS = (
     "weights, noise), not other data, models or settings. With two seeds the t factor is 12.7 and "
     "intervals are wide. Several comparisons are made at once: at 95 % about one in twenty intervals "
     "misses the true difference by chance."
+)
+
+BOOTSTRAP = (
+    "Bootstrap: 95 % percentile interval that draws seeds, and clients within them, for both defenses at "
+    "once. With three seeds it covers 97 % if clients differ much more than seeds do and under 80 % if "
+    "half the variance lies between seeds, so the readings go by the t interval. Where there is one number "
+    "per seed, as for accuracy, it needs six seeds: it cannot leave the range of the values, and the range "
+    "of three covers 75 % at most."
+)
+
+FRONT = (
+    "The grey line is the best accuracy at no more leakage: a defense on it is not beaten on both axes by "
+    "another one. It is drawn through means, and within the intervals a place on it can be chance: beside "
+    "each name is in how many seeds it is not beaten. Rings and dashed lines do the same among defenses with "
+    "one unit, adversary and δ whose ε differ by at most 5 %. ε is the worst client's, at the δ, unit and "
+    "accountant given in the comparison table."
 )
 
 EPSILON = (

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from fedaudit.records import Run
-from fedaudit.report.figures import by_defense, over_rounds, utility_against_leakage
+from fedaudit.report.figures import by_defense, over_rounds
 from fedaudit.report.heat_map import heat_map
-from fedaudit.report.seeds import numbers, per_seed, pool
+from fedaudit.report.seeds import numbers, pool
 from fedaudit.report.style import is_wide, styles
 from tests.report.fabricate import DP
 
@@ -113,28 +113,6 @@ def test_layers_keep_the_order_of_the_model_and_are_means_over_clients():
     assert list(figure.data[0].y) == ["stem", "a", "head"]
     assert np.asarray(figure.data[0].z).tolist() == [[6.0, 6.0], [2.0, 2.0], [4.0, 4.0]]
     assert figure.layout.title.text == "Update norm by layer"
-
-
-def test_scatter_puts_each_defense_at_its_means_and_writes_epsilon(rows: pd.DataFrame):
-    values = per_seed(rows)
-    figure = utility_against_leakage(
-        values, [("mutual-information", "oracle")], ["none", DP], {"none": "no guarantee", DP: "ε = 7.85"}
-    )
-    mark = next(trace for trace in figure.data if trace.name == DP)
-    mine = values[values["defense"] == DP]
-    assert mark.x[0] == pytest.approx(mine.loc[mine["quantity"] == "mutual-information", "value"].mean())
-    assert mark.y[0] == pytest.approx(mine.loc[mine["quantity"] == "accuracy", "value"].mean())
-    assert "ε = 7.85" in mark.text[0]
-
-
-def test_labels_of_marks_at_one_height_are_on_different_sides():
-    frame = pd.DataFrame({"defense": ["a", "b", "c"], "seed": "0", "observer": "server", "unit": "1"})
-    utility = frame.assign(quantity="accuracy", value=[0.5, 0.5, 0.9])
-    leakage = frame.assign(quantity="q", value=[1.0, 1.01, 2.0])
-    values = pd.concat([utility, leakage])
-    figure = utility_against_leakage(values, [("q", "server")], ["a", "b", "c"], dict.fromkeys("abc", "x"))
-    sides = {trace.name: trace.textposition for trace in figure.data if trace.text}
-    assert sides["a"] != sides["b"]
 
 
 def test_points_of_many_clients_are_thinned_but_keep_the_extremes():
