@@ -192,7 +192,9 @@ class Setup:
         x, y = self.client_data(update.client_id)
         used = torch.cat([*self.batches(update.client_id, update.round), torch.empty(0, dtype=torch.int64)])
         rows = torch.unique(used)
-        return Truth(x[rows], y[rows])
+        unused = torch.ones(len(y), dtype=torch.bool)
+        unused[rows] = False
+        return Truth(x[rows], y[rows], x[unused])
 
 
 @lru_cache(maxsize=4)

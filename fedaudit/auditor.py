@@ -86,6 +86,7 @@ class Auditor:
         last_round: the federation's last round; 0 if unknown.
         strict: raise on a skipped or failed measure instead of recording it alone.
         save_images: keep originals and reconstructions of attacks under `output`/attacks.
+        lpips: score reconstructions by LPIPS too; skipped where its weights are not on this machine.
         save_updates: keep the updates of audited rounds under `output`/updates as safetensors.
 
     Raises:
@@ -111,6 +112,7 @@ class Auditor:
         strict: bool = False,
         save_images: bool = False,
         save_updates: bool = False,
+        lpips: bool = False,
     ) -> None:
         self.log = AuditLog(output) if output is not None else None
         self.run_id = self.log.run_id if self.log else "memory"
@@ -132,6 +134,7 @@ class Auditor:
         self.strict = strict
         self.save_images = save_images
         self.save_updates = save_updates
+        self.lpips = lpips
         self._guarantees: Mapping[int, Guarantee] = {}
         self._round = 0
         self._held = self._unwritten = False
@@ -320,6 +323,7 @@ class Auditor:
         self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: AuditRows
     ) -> None:
         """Scores against the truth: an oracle's rows, apart from the attack that must not see it."""
+        from fedaudit.attack_scores import scored
         from fedaudit.attacks import scores
 
         if self.oracle is None:
@@ -329,15 +333,11 @@ class Auditor:
         try:
             truth = self.oracle.truth(update)
             results = scores.score(found.x, found.y, truth.x, truth.y, ctx.value_range)
+            found_scores = list(scored(found, truth, update, ctx, results, perceptual=self.lpips))
         except Exception as error:
             rows.add(f"{name}.psnr", "dB", "oracle", error, 0.0, update)
             return
-        extra = {**found.conditions, "truth-examples": len(truth.y), "matched": int(results["matched"])}
-        for key, unit in (("psnr", "dB"), ("mse", "1"), ("ssim", "1"), ("label_accuracy", "1")):
-            if key in results:
-                quantity = f"{name}.{key.replace('_', '-')}"
-                rows.add(
-                    quantity, unit, "oracle", Estimate(results[key], unit, "exact", extra=extra), 0.0, update
-                )
+        for score, unit, finding in found_scores:
+            rows.add(f"{name}.{score}", unit, "oracle", finding, 0.0, update)
         if self.save_images and self.log:
             save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)

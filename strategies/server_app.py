@@ -68,6 +68,7 @@ def main(grid: Grid, context: Context) -> None:
         strict=config.audit.strict,
         save_images=config.attack.save_images,
         save_updates=config.audit.save_updates,
+        lpips=config.attack.lpips,
     )
     inner = build_strategy(
         config.strategy.name,

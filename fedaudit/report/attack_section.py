@@ -8,12 +8,12 @@ import pandas as pd
 
 from fedaudit.errors import RecordError
 from fedaudit.records import Run
-from fedaudit.report.display import count, number
+from fedaudit.report.display import NOTHING, count, number
 from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.images import Array, Recorded, picture, read_recorded, recorded_files
 from fedaudit.report.markup import bullets, mapping, paragraph, table, text
-from fedaudit.report.quantities import describe
-from fedaudit.report.seeds import defense_of, seed_of
+from fedaudit.report.quantities import TABULATED, describe
+from fedaudit.report.seeds import defense_of, parse_extras, seed_of
 from fedaudit.report.tables import settings
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,25 @@ CONDITIONS_NOTE = (
 )
 
 
+SCORES_NOTE = (
+    "Means over attacked updates; in brackets the smallest and the largest. Recovered: examples shown with "
+    "more than 20 dB, of all behind the updates. Registered: at the best small shift and mirror image. "
+    "Identified: reconstructions whose nearest neighbour among the candidates is the true example, beside what "
+    "chance finds at most."
+)
+_SCORES = (
+    ("psnr", "PSNR [dB]"),
+    ("registered-psnr", "Registered PSNR [dB]"),
+    ("ssim", "SSIM"),
+    ("lpips", "LPIPS"),
+    ("recovered", "Recovered"),
+    ("identifiability", "Identified by pixels"),
+    ("feature-identifiability", "Identified by features"),
+    ("label-accuracy", "Labels"),
+)
+_SHARES = ("recovered", "identifiability", "feature-identifiability", "label-accuracy")
+
+
 def attack_section(runs: Runs) -> str:
     """Conditions and grids of all attacks; empty if no attack was run."""
     conditions = attack_conditions(runs)
@@ -33,6 +52,10 @@ def attack_section(runs: Runs) -> str:
     if not len(conditions) and not grids and not notes:
         return ""
     parts = [paragraph(CONDITIONS_NOTE, "quiet")]
+    scores = attack_scores(runs)
+    if len(scores):
+        right = [name for name in map(str, scores.columns) if name not in ("Attack", "Defense")]
+        parts += ["<h3>Scores</h3>", table(scores, right=right), paragraph(SCORES_NOTE, "quiet")]
     if len(conditions):
         parts += ["<h3>Conditions</h3>", table(conditions, right=["Attacked updates"], long=["Conditions"])]
     if grids:
@@ -45,16 +68,53 @@ def attack_section(runs: Runs) -> str:
     return "\n".join(parts)
 
 
+def attack_scores(runs: Runs) -> pd.DataFrame:
+    """One row per attack and defense, one column per score that was recorded; no rows without a truth."""
+    rows = gather(runs).rows
+    owner, score = rows["quantity"].str.partition(".")[0], rows["quantity"].str.partition(".")[2]
+    rows = rows.assign(attack=owner, score=score)[score.isin([name for name, _ in _SCORES])]
+    table_rows = []
+    for (attack, defense), part in rows.groupby(["attack", "defense"], sort=False):
+        extras = parse_extras(part["extra"])
+        active = any(content.get("card-active") is True for content in extras.values())
+        row = {"Attack": f"{attack} (ACTIVE)" if active else attack, "Defense": defense}
+        row["Updates"] = str(int(part.groupby("score")["value"].count().max()))
+        for name, heading in _SCORES:
+            mine = part[part["score"] == name]
+            if len(mine):
+                chances = [c["chance"] for c in parse_extras(mine["extra"]).values() if "chance" in c]
+                row[heading] = _score(mine["value"], name in _SHARES, chances)
+        table_rows.append(row)
+    frame = pd.DataFrame(table_rows)
+    order = [name for _, name in _SCORES if name in frame]
+    return frame[["Attack", "Defense", "Updates", *order]].fillna(NOTHING) if len(frame) else frame
+
+
+def _score(values: pd.Series, is_share: bool, chances: Sequence[float]) -> str:
+    """The mean, its spread over updates if there are several, and the chance level if there is one."""
+    if is_share:
+        chance = sum(chances) / len(chances) if chances else 0.0
+        beside = f" (chance {100 * chance:.2g} %)" if chances else ""
+        return f"{100 * float(values.mean()):.0f} %{beside}"
+    text = number(float(values.mean()))
+    low, high = number(float(values.min())), number(float(values.max()))
+    return text if low == high else f"{text} ({low} to {high})"
+
+
 def attack_conditions(runs: Runs) -> pd.DataFrame:
     """One row per attack and defense: how many updates were attacked and under which conditions."""
     found = settings(runs)
-    found = found[[describe(name).role == "attack" for name in found["quantity"]]]
+    own = [describe(q).role == "attack" and q.partition(".")[2] not in TABULATED for q in found["quantity"]]
+    found = found[own]
     rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
     for _, row in found.iterrows():
         key = (str(row["quantity"]).partition(".")[0], str(row["defense"]))
         seen, words = rows.get(key, (0, {}))
         rows[key] = (max(seen, int(row["rows"])), words | row["settings"])
-    table_rows = [(attack, defense, n, mapping(words)) for (attack, defense), (n, words) in rows.items()]
+    table_rows = [
+        (f"{attack} (ACTIVE)" if words.get("card-active") == "true" else attack, defense, n, mapping(words))
+        for (attack, defense), (n, words) in rows.items()
+    ]
     return pd.DataFrame(table_rows, columns=["Attack", "Defense", "Attacked updates", "Conditions"])
 
 
