@@ -51,7 +51,7 @@ def scored(
 
     "recovered": share of the true examples that a reconstruction shows with more than 20 dB, after matching.
     "registered-psnr": see `registered_psnr`. "identifiability", and "feature-identifiability" by the model's
-    own features at the broadcast weights: share of reconstructions whose nearest neighbour is the true example
+    own features at the broadcast weights: share of reconstructions whose nearest neighbour is the true one
     among the batch, the client's other examples and the server's reference examples (`nearest_is_own`), with
     the pool's size and chance level beside it. "lpips" only on request. Scores that images alone have are
     missing where inputs are none.

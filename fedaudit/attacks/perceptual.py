@@ -54,12 +54,14 @@ def lpips(reconstruction: Tensor, truth: Tensor, value_range: tuple[float, float
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
     low, high = value_range
-    pair = [
+    ours, theirs = (
         ((side.detach().cpu().float() - low) / (high - low)).clamp(0, 1).expand(-1, 3, -1, -1)
         for side in (reconstruction, truth)
-    ]
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # layers are initialised before they are loaded
-        return float(learned_perceptual_image_patch_similarity(*pair, net_type=network, normalize=True))
+        return float(
+            learned_perceptual_image_patch_similarity(ours, theirs, net_type=network, normalize=True)
+        )
 
 
 def hindrance(input_shape: tuple[int, ...]) -> str:

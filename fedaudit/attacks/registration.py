@@ -10,10 +10,10 @@ MOST_SHIFT = 8
 
 
 def reach_of(input_shape: tuple[int, ...]) -> int | None:
-    """Largest shift, in pixels, that registration tries for (channels, height, width); None if it is no image.
+    """Largest shift in pixels that registration tries for (channels, height, width); None if it is no image.
 
-    An eighth of the shorter side, at least 1 and at most 8. Images with a side below 4 and flat inputs are not
-    registered, as they have no SSIM.
+    An eighth of the shorter side, at least 1 and at most 8. Images with a side below 4 and flat inputs are
+    not registered, as they have no SSIM.
 
     >>> reach_of((3, 32, 32)), reach_of((1, 8, 8)), reach_of((64,))
     (4, 1, None)

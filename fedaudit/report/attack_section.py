@@ -29,8 +29,8 @@ CONDITIONS_NOTE = (
 SCORES_NOTE = (
     "Means over attacked updates; in brackets the smallest and the largest. Recovered: examples shown with "
     "more than 20 dB, of all behind the updates. Registered: at the best small shift and mirror image. "
-    "Identified: reconstructions whose nearest neighbour among the candidates is the true example, beside what "
-    "chance finds at most."
+    "Identified: reconstructions whose nearest neighbour among the candidates is the true example, beside "
+    "what chance finds at most."
 )
 _SCORES = (
     ("psnr", "PSNR [dB]"),

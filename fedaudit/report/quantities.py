@@ -275,8 +275,8 @@ _KNOWN = (
         "mean",
         -1,
         False,
-        meaning="Share of the examples behind an update that the attack shows with more than 20 dB PSNR, after "
-        "reconstructions were matched to them one to one.",
+        meaning="Share of the examples behind an update that the attack shows with more than 20 dB PSNR, "
+        "after reconstructions were matched to them one to one.",
         limits="Plain PSNR: a shifted or mirrored copy does not count. The success of one attack only.",
     ),
     Quantity(
@@ -286,9 +286,9 @@ _KNOWN = (
         "mean",
         -1,
         False,
-        meaning="PSNR in dB at the best shift by a few whole pixels, and mirror image, of each reconstruction.",
-        limits="A best of many comparisons: a guess gains parts of a decibel too, so compare it with that of a "
-        "guess. Rotation and scale are not undone.",
+        meaning="PSNR in dB at the best shift by a few whole pixels, or mirror image, of a reconstruction.",
+        limits="A best of many comparisons: a guess gains parts of a decibel too, so compare it with that "
+        "of a guess. Rotation and scale are not undone.",
     ),
     Quantity(
         "*.identifiability",
@@ -297,8 +297,8 @@ _KNOWN = (
         "mean",
         -1,
         False,
-        meaning="Share of reconstructions whose nearest neighbour in pixels, among the batch, the client's other "
-        "examples and the server's reference examples, is the true example.",
+        meaning="Share of reconstructions whose nearest neighbour in pixels, among the batch, the client's "
+        "other examples and the server's reference examples, is the true example.",
         limits="Read it against its chance level, the batch's share of the pool: a larger pool is harder. "
         "Pointing to an example is not showing it.",
     ),
@@ -319,8 +319,8 @@ _KNOWN = (
         "mean",
         1,
         False,
-        meaning="Learnt perceptual distance between reconstructed and true images: 0 is equal, unrelated ones "
-        "have about 0.7.",
+        meaning="Learnt perceptual distance between reconstructed and true images: 0 is equal, unrelated "
+        "ones have about 0.7.",
         limits="Fitted to larger photographs; the success of one attack only.",
     ),
     Quantity(
