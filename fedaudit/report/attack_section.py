@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -39,9 +40,12 @@ _SCORES = (
     ("lpips", "LPIPS"),
     ("recovered", "Recovered"),
     ("identifiability", "Identified by pixels"),
-    ("feature-identifiability", "Identified by features"),
+    ("feature-identifiability", "… by features"),
+    ("chance", "… by chance"),
     ("label-accuracy", "Labels"),
 )
+_FAVOURS = "favours-attacker"
+_CARD = ("Grade", "In the attacker's favour")
 _SHARES = ("recovered", "identifiability", "feature-identifiability", "label-accuracy")
 
 
@@ -80,24 +84,25 @@ def attack_scores(runs: Runs) -> pd.DataFrame:
         row = {"Attack": f"{attack} (ACTIVE)" if active else attack, "Defense": defense}
         row["Updates"] = str(int(part.groupby("score")["value"].count().max()))
         for name, heading in _SCORES:
-            mine = part[part["score"] == name]
-            if len(mine):
-                chances = [c["chance"] for c in parse_extras(mine["extra"]).values() if "chance" in c]
-                row[heading] = _score(mine["value"], name in _SHARES, chances)
+            values = part.loc[part["score"] == name, "value"]
+            if len(values):
+                row[heading] = _score(values, name in _SHARES, spread=name == "psnr")
+        chances = [extras[text]["chance"] for text in part["extra"] if "chance" in extras[text]]
+        if chances:
+            row["… by chance"] = f"{100 * sum(chances) / len(chances):.2g} %"
         table_rows.append(row)
     frame = pd.DataFrame(table_rows)
     order = [name for _, name in _SCORES if name in frame]
     return frame[["Attack", "Defense", "Updates", *order]].fillna(NOTHING) if len(frame) else frame
 
 
-def _score(values: pd.Series, is_share: bool, chances: Sequence[float]) -> str:
-    """The mean, its spread over updates if there are several, and the chance level if there is one."""
+def _score(values: pd.Series, is_share: bool, spread: bool) -> str:
+    """The mean, and the smallest and largest over updates where they are wanted."""
     if is_share:
-        chance = sum(chances) / len(chances) if chances else 0.0
-        beside = f" (chance {100 * chance:.2g} %)" if chances else ""
-        return f"{100 * float(values.mean()):.0f} %{beside}"
-    text = number(float(values.mean()))
-    low, high = number(float(values.min())), number(float(values.max()))
+        return f"{100 * float(values.mean()):.0f} %"
+    if not spread:
+        return number(float(values.mean()))
+    text, low, high = (number(float(value), 1) for value in (values.mean(), values.min(), values.max()))
     return text if low == high else f"{text} ({low} to {high})"
 
 
@@ -111,11 +116,21 @@ def attack_conditions(runs: Runs) -> pd.DataFrame:
         key = (str(row["quantity"]).partition(".")[0], str(row["defense"]))
         seen, words = rows.get(key, (0, {}))
         rows[key] = (max(seen, int(row["rows"])), words | row["settings"])
-    table_rows = [
-        (f"{attack} (ACTIVE)" if words.get("card-active") == "true" else attack, defense, n, mapping(words))
-        for (attack, defense), (n, words) in rows.items()
-    ]
-    return pd.DataFrame(table_rows, columns=["Attack", "Defense", "Attacked updates", "Conditions"])
+    table_rows = []
+    for (attack, defense), (n, words) in rows.items():
+        name = f"{attack} (ACTIVE)" if words.get("card-active") == "true" else attack
+        favours = dict.fromkeys(filter(None, words.get(_FAVOURS, "").split(", ")))
+        table_rows.append(
+            (name, defense, n, words.get("grade", NOTHING), ", ".join(favours), mapping(_without_card(words)))
+        )
+    return pd.DataFrame(table_rows, columns=["Attack", "Defense", "Attacked updates", *_CARD, "Conditions"])
+
+
+def _without_card(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions without what stands in columns of its own, the threat card's among the attack's."""
+    card = {key.removeprefix("card-"): value for key, value in words.items() if key.startswith("card-")}
+    own = {key: value for key, value in words.items() if not key.startswith("card-")}
+    return {key: value for key, value in sorted((card | own).items()) if key not in ("grade", _FAVOURS)}
 
 
 def _grids(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
@@ -155,11 +170,14 @@ def _card(run: Run, images: Recorded) -> str:
     finite = [score for score in images.psnr if math.isfinite(score)]
     mean = f"mean PSNR {number(sum(finite) / len(finite), 1)} dB" if finite else "PSNR undefined"
     extent = "" if len(shown) <= MAX_PAIRS else f"; {MAX_PAIRS} of {count(len(shown), 'image')} shown"
+    active = " (ACTIVE)" if images.conditions.get("card-active") is True else ""
     where = (
-        f"{images.attack}, round {images.round}, client {images.client}, seed {seed_of(run)}; {mean}{extent}"
+        f"{images.attack}{active}, round {images.round}, client {images.client}, seed {seed_of(run)}; "
+        f"{mean}{extent}"
     )
+    own = {key: value for key, value in images.conditions.items() if not key.startswith("card-")}
     return (
         f'<div class="attack"><h4>{text(defense_of(run))}</h4>{paragraph(where, "quiet")}'
         f'<div class="pairs">{"".join(pairs)}</div>'
-        f"{paragraph(mapping(images.conditions), 'quiet')}</div>"
+        f"{paragraph(mapping(own), 'quiet')}</div>"
     )
