@@ -18,7 +18,7 @@ from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
 from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.kept_files import save_images, save_update
 from fedaudit.needs import missing
-from fedaudit.progress import announce
+from fedaudit.progress import announce, attacking
 from fedaudit.records import AuditLog, AuditRecord
 from fedaudit.registry import ATTACKS, MEASURES
 from fedaudit.spec import parse_specs
@@ -286,13 +286,16 @@ class Auditor:
             return
         ctx = self._contexts(updates)["server"]
         lacking = missing(attack.needs, ctx.known)
+        budget = float(getattr(attack, "seconds", 0.0))
         for number, update in enumerate(updates, 1):
             started = time.perf_counter()
             if lacking:
                 rows.add(f"{attack.name}.objective", "1", "server", Skip(lacking), 0.0, update)
                 continue
             try:
-                found = attack.reconstruct(update, ctx)
+                with attacking(attack.name, update.client_id, update.round, budget) as told:
+                    found = attack.reconstruct(update, ctx)
+                    told["objective"] = found.objective
             except Exception as error:
                 logger.warning("attack %s failed: %s", attack.name, error)
                 rows.add(
@@ -301,8 +304,9 @@ class Auditor:
                 continue
             seconds = time.perf_counter() - started
             found = self._with_card(found, update, ctx)
+            limit = {"seconds-allowed": budget} if budget else {}
             objective = Estimate(
-                found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps}
+                found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps, **limit}
             )
             rows.add(f"{attack.name}.objective", "1", "server", objective, seconds, update)
             self._score(attack.name, found, update, ctx, rows)
