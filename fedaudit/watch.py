@@ -68,6 +68,8 @@ class Watch(AbstractContextManager["Watch"]):
             self.started += 1
             name = escape(str(event.detail["name"]))
             self.console.print(f"[bold]run {self.started} of {self.runs}: {name}[/bold]", soft_wrap=True)
+            if event.detail.get("active"):
+                self._tell("  ACTIVE server: it broadcasts a model changed to leak")
             self._told.clear()
             self._show("rounds", event)
         elif event.stage == "client":
