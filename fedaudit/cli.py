@@ -1,4 +1,4 @@
-"""The command `fedaudit`: run, compare, calibrate, attack, diagnose, verify, report, list.
+"""The command `fedaudit`: run, compare, calibrate, attack, membership, attribute, diagnose, verify, ...
 
 Exit codes: 0 done, 1 a run failed or a claim is violated, 2 bad input.
 Heavy imports wait until a command needs them.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fedaudit import __version__
+from fedaudit.cli_inference import attribute, membership
 from fedaudit.cli_runs import (
     execute_all,
     finish,
@@ -201,6 +202,10 @@ def attack(
         with Watch(1, quiet=as_json):
             found = attack_foreign(foreign, spec, folder)
     finish([found], folder / "report.html", as_json)
+
+
+cli.command()(membership)
+cli.command()(attribute)
 
 
 @cli.command()
