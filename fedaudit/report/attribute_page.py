@@ -58,7 +58,7 @@ def clients_table(clients: pd.DataFrame) -> pd.DataFrame:
 
 def rich_tables(attribute: str, clients: pd.DataFrame, rounds: pd.DataFrame) -> list[Table]:
     """Both for a terminal."""
-    titles = (f"Clients with {attribute} frequent", f"What the updates say of {attribute}, by log odds")
+    titles = (f"Attribute of clients: {attribute}", "What the updates say, by log odds")
     tables = []
     for title, frame in zip(titles, (rounds_table(rounds), clients_table(clients)), strict=True):
         table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
@@ -116,7 +116,7 @@ def write_attribute(
     """
     per_round, per_client = rounds_table(rounds), clients_table(clients)
     reasons = list(dict.fromkeys(filter(None, rounds["reason"])))
-    made = f"Shadows held {shares[0]:.0%} and {shares[1]:.0%} of examples with {attribute}."
+    made = f"Shadows had {shares[0]:.0%} or {shares[1]:.0%} of examples with the attribute."
     sections = {
         "question": (
             "What was asked",
@@ -147,7 +147,7 @@ def write_attribute(
     notice = f'<div class="notice" role="note">{markup.bullets(warnings)}</div>' if warnings else ""
     subtitle = f"{run.name}: {count(len(_final(clients)), 'client')}"
     target = Path(path)
-    write_text(target, document(f"Who has {attribute} frequent?", subtitle, drawn, notice))
+    write_text(target, document(f"Attribute of clients: {attribute}", subtitle, drawn, notice))
     return target
 
 

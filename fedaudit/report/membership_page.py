@@ -36,7 +36,8 @@ LIMITS = (
 )
 INTERVALS = (
     "Intervals are 95 %: a bootstrap over clients where there are three or more, of independent candidates "
-    "for a single update, and missing for two clients."
+    "for a single update, and missing for two clients. With fewer than about ten clients a bootstrap is too "
+    "short."
 )
 _FLOOR = 1e-3
 
@@ -137,7 +138,7 @@ def figure_of(curves: Mapping[str, tuple[Tensor, Tensor]], pooled: pd.DataFrame,
             type="log",
             range=[math.log10(_FLOOR), 0.02],
             tickvals=ticks,
-            ticktext=["0.1 %", "1 %", "10 %", "1"],
+            ticktext=["0.1 %", "1 %", "10 %", "100 %"],
         )
     figure.update_xaxes(title_text="False-positive rate")
     figure.update_yaxes(title_text="True-positive rate")
@@ -219,6 +220,7 @@ def _updates(updates: pd.DataFrame) -> list[str]:
             "Non-members": top["non-members"].astype(str),
         }
     )
+    shown = shown.loc[:, (shown != NOTHING).any()]
     right = [str(name) for name in shown.columns if name != "Score"]
     rest = len(ranked) - len(top)
     more = f" The {rest} others are in membership-updates.csv." if rest else ""
