@@ -16,6 +16,7 @@ def imprinted(
     mean: float = 0.5,
     std: float = 0.15,
     strength: float = 1.0,
+    gain: float = 1.0,
 ) -> nn.Module:
     """ACTIVE: a registered model behind the imprint block of "Robbing the Fed", for the attack `imprint`.
 
@@ -36,6 +37,8 @@ def imprinted(
         std: its standard deviation over examples.
         strength: size of the pattern; the larger, the further the gradient above rounding and noise, and
             the further the model from its base.
+        gain: see `ImprintBlock`. A step moves the units gain^2 times as far: with 100, best for one round,
+            they lie elsewhere in the next one, the attack finds little there, and the model hardly trains.
 
     Raises:
         ConfigError: if the base is no registered model, or cannot take such inputs.
@@ -46,4 +49,6 @@ def imprinted(
     model = MODELS.build(parse_spec(base), input_shape=tuple(input_shape), num_classes=num_classes)
     # torch's global generator is the one that `build_model` seeds for initial weights
     generator = torch.default_generator
-    return imprint(model, tuple(input_shape), bins, generator, mean=mean, std=std, strength=strength)
+    return imprint(
+        model, tuple(input_shape), bins, generator, mean=mean, std=std, strength=strength, gain=gain
+    )

@@ -89,6 +89,21 @@ def test_it_can_be_attacked_afterwards_and_diagnosed(run, tmp_path, capsys):
     assert verdicts["imprint"] != "does not apply" and shown["card"]["card-active"] is True
 
 
+def test_the_attack_still_works_after_rounds_of_training_and_the_model_trains(tmp_path):
+    changes = {
+        "federation.rounds": 8,
+        "train.lr": 0.5,
+        "train.batch-size": 8,
+        "attack.names": "imprint",
+        "attack.rounds": "8",
+        "data.max-examples": 600,
+    }
+    trained = execute(federation(tmp_path, **changes))
+    assert values(trained, "imprint.recovered")[0] >= 0.5
+    accuracy = values(trained, "accuracy")
+    assert accuracy[-1] > accuracy[0] + 0.1  # 120 test examples: one standard deviation is 0.04
+
+
 def test_the_base_keeps_its_initial_weights_and_the_seed_decides_the_pattern():
     shape = (1, 8, 8)
     made = [build_model("imprinted(base=mlp, bins=8)", shape, 3, seed=seed) for seed in (0, 0, 1)]
