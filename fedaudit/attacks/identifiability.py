@@ -85,7 +85,7 @@ def head_features(model: nn.Module, x: Tensor) -> Tensor:
     first = next(model.parameters(), torch.empty(0))
     found = []
     try:
-        for part in torch.split(x.detach(), 256):
+        for part in torch.split(x.detach(), 64):
             kept.clear()
             with torch.no_grad():
                 model(part.to(first))
@@ -94,7 +94,7 @@ def head_features(model: nn.Module, x: Tensor) -> Tensor:
                     "features are the input (n, D) of the model's last linear layer, got a model without: "
                     "compare pixels"
                 )
-            found.append(kept[-1])
+            found.append(kept[-1].cpu())
     finally:
         for handle in handles:
             handle.remove()
