@@ -251,7 +251,9 @@ class Setup:
         x, y = self.training_data(update.client_id, update.before)
         used = torch.cat([*self.batches(update.client_id, update.round), torch.empty(0, dtype=torch.int64)])
         rows = torch.unique(used)
-        return Truth(x[rows], y[rows])
+        unused = torch.ones(len(y), dtype=torch.bool)
+        unused[rows] = False
+        return Truth(x[rows], y[rows], x[unused])
 
 
 @lru_cache(maxsize=4)

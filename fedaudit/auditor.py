@@ -21,7 +21,7 @@ from fedaudit.audit_rows import AuditRows, ClientFinding, Finding, Rejection
 from fedaudit.errors import ConfigError, RunFailedError
 from fedaudit.kept_files import save_images, save_update
 from fedaudit.needs import missing
-from fedaudit.progress import announce
+from fedaudit.progress import announce, attacking
 from fedaudit.records import AuditLog, AuditRecord
 from fedaudit.registry import ATTACKS, MEASURES
 from fedaudit.secure_sum import context_of_sum
@@ -91,6 +91,7 @@ class Auditor:
         last_round: the federation's last round; 0 if unknown.
         strict: raise on a skipped or failed measure, and on a violated claim, instead of recording it alone.
         save_images: keep originals and reconstructions of attacks under `output`/attacks.
+        lpips: score reconstructions by LPIPS too; skipped where its weights are not on this machine.
         save_updates: keep the updates of audited rounds under `output`/updates as safetensors.
         verify: what updates and aggregates are claimed to keep, tested in every audited round: claims of
             every round (`fedaudit.claims`, `fedaudit.verification.derive`), a function of the round's number
@@ -120,6 +121,7 @@ class Auditor:
         save_images: bool = False,
         save_updates: bool = False,
         verify: Claimed | LiveVerifier | None = None,
+        lpips: bool = False,
     ) -> None:
         self.log = AuditLog(output) if output is not None else None
         self.run_id = self.log.run_id if self.log else "memory"
@@ -144,6 +146,7 @@ class Auditor:
         self.verifier = (
             verify if isinstance(verify, LiveVerifier) else LiveVerifier(verify) if verify else None
         )
+        self.lpips = lpips
         self._guarantees: Mapping[int, Guarantee] = {}
         self._round = 0
         self._held = self._unwritten = False
@@ -379,13 +382,16 @@ class Auditor:
             return
         ctx = self._contexts(updates)["server"]
         lacking = missing(attack.needs, ctx.known, ctx.summed)
+        budget = float(getattr(attack, "seconds", 0.0))
         for number, update in enumerate(updates, 1):
             started = time.perf_counter()
             if lacking:
                 rows.add(f"{attack.name}.objective", "1", "server", Skip(lacking), 0.0, update)
                 continue
             try:
-                found = attack.reconstruct(update, ctx)
+                with attacking(attack.name, update.client_id, update.round, budget) as told:
+                    found = attack.reconstruct(update, ctx)
+                    told["objective"] = found.objective
             except Exception as error:
                 logger.warning("attack %s failed: %s", attack.name, error)
                 rows.add(
@@ -394,8 +400,9 @@ class Auditor:
                 continue
             seconds = time.perf_counter() - started
             found = self._with_card(found, update, ctx)
+            limit = {"seconds-allowed": budget} if budget else {}
             objective = Estimate(
-                found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps}
+                found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps, **limit}
             )
             rows.add(f"{attack.name}.objective", "1", "server", objective, seconds, update)
             self._score(attack.name, found, update, ctx, rows)
@@ -416,6 +423,7 @@ class Auditor:
         self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: AuditRows
     ) -> None:
         """Scores against the truth: an oracle's rows, apart from the attack that must not see it."""
+        from fedaudit.attack_scores import scored
         from fedaudit.attacks import scores
 
         if self.oracle is None:
@@ -425,15 +433,11 @@ class Auditor:
         try:
             truth = self.oracle.truth(update)
             results = scores.score(found.x, found.y, truth.x, truth.y, ctx.value_range)
+            found_scores = list(scored(found, truth, update, ctx, results, perceptual=self.lpips))
         except Exception as error:
             rows.add(f"{name}.psnr", "dB", "oracle", error, 0.0, update)
             return
-        extra = {**found.conditions, "truth-examples": len(truth.y), "matched": int(results["matched"])}
-        for key, unit in (("psnr", "dB"), ("mse", "1"), ("ssim", "1"), ("label_accuracy", "1")):
-            if key in results:
-                quantity = f"{name}.{key.replace('_', '-')}"
-                rows.add(
-                    quantity, unit, "oracle", Estimate(results[key], unit, "exact", extra=extra), 0.0, update
-                )
+        for score, unit, finding in found_scores:
+            rows.add(f"{name}.{score}", unit, "oracle", finding, 0.0, update)
         if self.save_images and self.log:
             save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)

@@ -1,4 +1,4 @@
-"""The command `fedaudit`: run, compare, calibrate, attack, diagnose, verify, report, list.
+"""The command `fedaudit`: run, compare, calibrate, attack, membership, attribute, diagnose, verify, ...
 
 Exit codes: 0 done, 1 a run failed or a claim is violated, 2 bad input.
 Heavy imports wait until a command needs them.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fedaudit import __version__
+from fedaudit.cli_inference import attribute, membership
 from fedaudit.cli_runs import (
     execute_all,
     finish,
@@ -172,6 +173,9 @@ def attack(
     lr: Annotated[float, typer.Option(min=0, help="local learning rate of plain SGD")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="local steps")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="examples in a step")] = 1,
+    lpips: Annotated[
+        bool, typer.Option("--lpips", help="score by LPIPS too, if its weights are here")
+    ] = False,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
@@ -188,7 +192,7 @@ def attack(
         attacked = load_run(Path(run))
         folder = fresh(Path(output) if output else attacked.path.with_name(f"{attacked.name}-attack"))
         with Watch(1, quiet=as_json):
-            found = attack_run(attacked, spec, folder, client or (), round_ or ())
+            found = attack_run(attacked, spec, folder, client or (), round_ or (), lpips)
     else:
         missing = [flag for flag, value in (("--after", after), ("--model", model), ("--shape", shape),
                                             ("--classes", classes), ("--lr", lr)) if not value]  # fmt: skip
@@ -201,6 +205,10 @@ def attack(
         with Watch(1, quiet=as_json):
             found = attack_foreign(foreign, spec, folder)
     finish([found], folder / "report.html", as_json)
+
+
+cli.command()(membership)
+cli.command()(attribute)
 
 
 @cli.command()

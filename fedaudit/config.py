@@ -245,6 +245,7 @@ class AttackConfig(Section):
         "", description="attack clients for whom this holds, too: 'mutual-information > 3'"
     )
     save_images: bool = Field(False, description="keep originals and reconstructions for the report")
+    lpips: bool = Field(False, description="score images by LPIPS too, if its weights are on this machine")
 
 
 class CompareConfig(Section):

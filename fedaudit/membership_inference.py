@@ -22,6 +22,23 @@ FALSE_POSITIVES = (0.01, 0.001)
 MINIMUM_CANDIDATES = 5
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One client's candidates by its update.
+
+    Attributes:
+        inside: scores of examples the client holds (m,).
+        outside: scores of examples it does not hold (k,).
+        control: which of those play the members in the control, booleans (k,).
+        estimate: the area under the curve, with what belongs beside it.
+    """
+
+    inside: Tensor
+    outside: Tensor
+    control: Tensor
+    estimate: Estimate
+
+
 def matched_by_label(
     members: Tensor, others: Tensor, most: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -128,9 +145,17 @@ class MembershipInference:
 
     def __call__(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> list[Estimate | Skip]:
         """One area per update, in order; a Skip where there is too little to compare."""
+        return [each.estimate if isinstance(each, Scored) else each for each in self.scored(updates, ctx)]
+
+    def scored(self, updates: Sequence[ClientUpdate], ctx: RoundContext) -> list[Scored | Skip]:
+        """The candidates' scores behind each area, in order.
+
+        Which candidates these are depends on `ctx.seed`, `ctx.round` and the client, not on the score: with
+        both held fixed over rounds, scores of different rounds are of the same candidates in the same order.
+        """
         if ctx.reference is None:
             return [Skip(f"{self.name} needs reference examples as non-members")] * len(updates)
-        found: list[Estimate | Skip] = [Skip("")] * len(updates)
+        found: list[Scored | Skip] = [Skip("")] * len(updates)
         for positions in same_weights(updates):
             group = [updates[i] for i in positions]
             for position, result in zip(positions, self._group(group, ctx, *ctx.reference), strict=True):
@@ -139,7 +164,7 @@ class MembershipInference:
 
     def _group(
         self, updates: Sequence[ClientUpdate], ctx: RoundContext, x: Tensor, y: Tensor
-    ) -> list[Estimate | Skip]:
+    ) -> list[Scored | Skip]:
         """The entries of updates that started from the same weights, given the reference examples."""
         if self.score.startswith(AGAINST_OTHERS) and len(updates) < 3:
             reason = f"{self.score} needs three updates from the same weights, got {len(updates)}"
@@ -155,7 +180,7 @@ class MembershipInference:
             own.append((each.x[rows][kept], each.y[rows][kept]))
             others.append(positions)
         pairs = self._scores(updates, own, others, x, y, ctx)
-        found: list[Estimate | Skip] = []
+        found: list[Scored | Skip] = []
         for update, each, mine, pair in zip(updates, held, own, pairs, strict=True):
             if min(map(len, pair)) < MINIMUM_CANDIDATES:
                 found.append(Skip(_few(*map(len, pair))))
@@ -164,7 +189,7 @@ class MembershipInference:
             else:
                 control = split_in_half(len(pair[1]), self._generator(ctx, "control", update))
                 noise = self._envelope(update, each.release, mine, ctx)
-                found.append(self._estimate(*pair, control, noise))
+                found.append(Scored(*pair, control, self._estimate(*pair, control, noise)))
         return found
 
     def _generator(self, ctx: RoundContext, purpose: str, update: ClientUpdate) -> torch.Generator:

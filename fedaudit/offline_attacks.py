@@ -106,7 +106,12 @@ def setup_of(run: Run) -> Setup:
 
 
 def attack_run(
-    run: Run, attack: str, output: Path, clients: Sequence[int] = (), rounds: Sequence[int] = ()
+    run: Run,
+    attack: str,
+    output: Path,
+    clients: Sequence[int] = (),
+    rounds: Sequence[int] = (),
+    lpips: bool = False,
 ) -> Run:
     """Attack a run's kept updates and score the results against its data.
 
@@ -116,6 +121,7 @@ def attack_run(
         output: folder of the new run.
         clients: whose updates; empty is all.
         rounds: of which rounds; empty is all that were kept.
+        lpips: score by LPIPS too, if its weights are on this machine.
 
     Raises:
         RecordError: if there is nothing to attack.
@@ -133,6 +139,7 @@ def attack_run(
         attack_clients=len(updates),
         defense=made.config.defense.name,
         save_images=True,
+        lpips=lpips,
     )
     return _attacked(auditor, updates, output, stated_guarantees(run))
 

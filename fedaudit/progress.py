@@ -4,12 +4,15 @@ The engines and the auditing strategy announce; one listener at a time hears. A 
 needed because Flower calls the ServerApp and its strategy with no room for an argument.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["run", "round", "client", "audit", "evaluated"]
+Stage = Literal["run", "round", "client", "audit", "attack", "evaluated"]
+HEARTBEAT = 1.0
+"""Seconds between two events from inside one attack, at least."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Event:
     """Something that happened in a run.
 
     Attributes:
-        stage: run (started), round (ended), client (replied), audit (one measure or attack done), evaluated.
+        stage: run (started), round (ended), client (replied), audit (one measure or attack done), attack
+            (on one update: began, goes on, ended), evaluated.
         done: how many of `total` are done.
         total: how many there are; 0 if unknown.
         round: server round.
@@ -54,3 +58,67 @@ def announce(stage: Stage, done: int, total: int, round_number: int = 0, **detai
     """
     if _listeners:
         _listeners[-1](Event(stage, done, total, round_number, detail))
+
+
+@dataclass
+class _Attack:
+    """The attack that runs, and when it was last heard of."""
+
+    round: int
+    detail: dict[str, Any]
+    started: float
+    told: float
+
+
+_attacks: list[_Attack] = []
+
+
+@contextmanager
+def attacking(name: str, client: int, round_number: int, budget: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Announce that an attack on one client's update begins and ends; inside, `heartbeat` says how far it is.
+
+    Every event tells the attack's name, the client, the seconds since it began ("elapsed"), its time budget
+    in seconds ("budget", 0 if there is none) and whether it has ended ("ended"), also after an exception.
+
+    Yields:
+        What is put into it is part of the details from then on.
+
+    >>> with listen(lambda event: print(event.stage, event.detail["ended"])):
+    ...     with attacking("dlg", client=3, round_number=1) as detail:
+    ...         detail["objective"] = 0.5
+    attack False
+    attack True
+    """
+    now = time.monotonic()
+    attack = _Attack(round_number, {"name": name, "client": client, "budget": budget}, now, now)
+    _attacks.append(attack)
+    try:
+        _tell_of(attack, 0, 0, ended=False)
+        yield attack.detail
+    finally:
+        _attacks.remove(attack)
+        _tell_of(attack, 1, 1, ended=True)
+
+
+def heartbeat(done: int, total: int, **detail: Any) -> None:
+    """Say how far the attack is that runs, at most once every `HEARTBEAT` seconds; nothing outside one.
+
+    It reads the clock and changes no number of the attack.
+
+    Args:
+        done: how many of `total` iterations, or whatever the attack counts, are done.
+        total: how many there are.
+        **detail: remembered for the attack's later events.
+    """
+    if not _attacks:
+        return
+    attack = _attacks[-1]
+    attack.detail |= detail
+    if time.monotonic() - attack.told >= HEARTBEAT:
+        _tell_of(attack, done, total, ended=False)
+
+
+def _tell_of(attack: _Attack, done: int, total: int, ended: bool) -> None:
+    attack.told = time.monotonic()
+    elapsed = attack.told - attack.started
+    announce("attack", done, total, attack.round, **attack.detail, elapsed=elapsed, ended=ended)

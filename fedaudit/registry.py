@@ -161,8 +161,14 @@ MODELS = Registry(
         "convnet": ("the 2.9M ConvNet of inversion papers, without normalisation", "fedaudit.models:convnet"),
         "alexnet": ("AlexNet-like network for 32x32 images", "fedaudit.models:alexnet"),
         "resnet18": ("torchvision ResNet-18 with GroupNorm", "fedaudit.models:resnet18"),
+        "imprinted": (
+            "ACTIVE: a model that a dishonest server imprinted, for the attack imprint",
+            "fedaudit.imprinted_model:imprinted",
+        ),
     },
 )
+ACTIVE_MODELS = frozenset({"imprinted"})
+"""Models with which the server breaks the protocol; everything measured on them is labelled ACTIVE."""
 MEASURES = Registry(
     "measure",
     {

@@ -296,10 +296,12 @@ class Truth:
     Attributes:
         x: the examples the client used in this round, each once (n, *input_shape).
         y: their labels (n,).
+        others: what else the client holds (m, *input_shape); None if unknown.
     """
 
     x: Tensor
     y: Tensor
+    others: Tensor | None = None
 
 
 class Oracle(Protocol):

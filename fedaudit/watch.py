@@ -69,17 +69,32 @@ class Watch(AbstractContextManager["Watch"]):
             self.started += 1
             name = escape(str(event.detail["name"]))
             self.console.print(f"[bold]run {self.started} of {self.runs}: {name}[/bold]", soft_wrap=True)
+            if event.detail.get("active"):
+                self._tell("  ACTIVE server: it broadcasts a model changed to leak")
             self._told.clear()
             self._show("rounds", event)
         elif event.stage == "client":
             self._show("clients", event)
         elif event.stage == "audit":
             self._show("audit", event, f"audit: {event.detail['name']}"[:24])
+        elif event.stage == "attack":
+            self._hear_attack(event)
         elif event.stage == "round":
             self._show("rounds", event)
             self._tell(line(event.round, event.total, event.detail, self.console.width))
             for problem in self._news(event.detail.get("records", [])):
                 self._tell(f"    {problem}")
+
+    def _hear_attack(self, event: Event) -> None:
+        """A bar while an attack runs, and a line when it has ended."""
+        if event.detail["ended"]:
+            if "attack" in self._bars:
+                self._progress.remove_task(self._bars.pop("attack"))
+            self._tell(attack_line(event.round, event.detail))
+            return
+        if "attack" not in self._bars:
+            self._bars["attack"] = self._progress.add_task("attack", total=None)
+        self._show("attack", event, attack_bar(event.detail))
 
     def _tell(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -119,6 +134,34 @@ def _without_log_lines() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def attack_bar(detail: Mapping[str, Any]) -> str:
+    """What stands beside the bar of an attack that runs.
+
+    >>> attack_bar({"name": "dlg", "client": 3, "elapsed": 4.2, "budget": 60.0, "restarts": "2 of 4"})
+    'dlg, client 3: 4 of 60 s, restarts 2 of 4'
+    """
+    budget = f" of {detail['budget']:g}" if detail["budget"] else ""
+    parts = [f"{detail['name']}, client {detail['client']}: {detail['elapsed']:.0f}{budget} s"]
+    parts += [f"{name} {detail[name]}" for name in ("restarts", "examples") if name in detail]
+    return ", ".join(parts)
+
+
+def attack_line(round_number: int, detail: Mapping[str, Any]) -> str:
+    """One ended attack in one line: its objective, or that it failed, and the seconds it took of its budget.
+
+    >>> attack_line(1, {"name": "dlg", "client": 3, "elapsed": 4.21, "budget": 60.0, "objective": 2.5e-9})
+    '    dlg on client 3 in round 1: objective 2.5e-09 after 4.2 of 60 s'
+    >>> attack_line(1, {"name": "spear", "client": 3, "elapsed": 0.01, "budget": 0.0})
+    '    spear on client 3 in round 1: failed after 0.0 s'
+    """
+    ended = f"objective {detail['objective']:.2g}" if "objective" in detail else "failed"
+    budget = f" of {detail['budget']:g}" if detail["budget"] else ""
+    return (
+        f"    {detail['name']} on client {detail['client']} in round {round_number}: {ended} after "
+        f"{detail['elapsed']:.1f}{budget} s"
+    )
 
 
 def line(round_number: int, rounds: int, detail: Mapping[str, Any], width: int = 80) -> str:

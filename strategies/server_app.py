@@ -21,8 +21,10 @@ from fedaudit.insight import insight
 from fedaudit.leakage_signal import LeakageSignal
 from fedaudit.progress import announce
 from fedaudit.records import load_run
+from fedaudit.registry import ACTIVE_MODELS
 from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
+from fedaudit.spec import parse_spec
 from fedaudit.training import evaluate
 from fedaudit.verification import LiveVerifier
 from fedaudit.verification.configured import ConfiguredClaims
@@ -78,6 +80,7 @@ def main(grid: Grid, context: Context) -> None:
         save_images=config.attack.save_images,
         save_updates=config.audit.save_updates,
         verify=_verifier(made, simulated),
+        lpips=config.attack.lpips,
     )
     inner = build_strategy(
         config.strategy.name,
@@ -112,7 +115,10 @@ def run(
     start = _resume(grid, auditor, audited, folder, signal) if config.output.resume else None
     done = start.round if start else 0
     arrays = start.arrays if start else from_state_dict(made.build_model().state_dict())
-    announce("run", done, federation.rounds, done, name=folder.name, clients=made.clients)
+    active = parse_spec(config.model.name).name in ACTIVE_MODELS
+    if active:
+        logger.warning("ACTIVE server: model.name = %r breaks the protocol", config.model.name)
+    announce("run", done, federation.rounds, done, name=folder.name, clients=made.clients, active=active)
     clock = _Clock()
     nodes: dict[int, RecordDict] = {}
 

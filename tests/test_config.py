@@ -67,6 +67,7 @@ OUTSIDE: dict[str, list[tuple[Any, str]] | None] = {
     "attack.clients": [(0, "greater than or equal to 1")],
     "attack.trigger": [("norm is large", "written 'quantity > number'"), ("a > b", "a trigger is written")],
     "attack.save-images": None,
+    "attack.lpips": None,
     "compare.defenses": [("", "at least 1 name"), ("none, none", "listed once, got none more than once")],
     "compare.seeds": [("1, 1", "listed once"), ("²", "whole numbers separated by commas")],
     "compare.vary": [

@@ -12,9 +12,10 @@ __version__ gaussian_mechanism
 accounting rank_correlation linear_probes claims leakage_signal
 measures attacks canaries defenses data models
 auditor audit_rows report training kept_files verification round_release \
-candidate_scores membership_inference shadow_updates secure_sum censorship
+candidate_scores membership_inference shadow_updates secure_sum censorship attack_scores imprinted_model
 flower simulation
-app calibration offline_attacks insight cli cli_runs watch __main__ __init__
+app calibration offline_attacks offline_membership offline_attribute insight \
+cli cli_runs cli_inference watch __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other

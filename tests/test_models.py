@@ -25,6 +25,7 @@ SPECS = {
     "convnet(width=4, norm=group, activation=sigmoid)": (1, 9, 9),
     "alexnet(hidden=8)": (2, 17, 16),
     "resnet18": (1, 8, 8),
+    "imprinted(base=cnn, bins=6)": (1, 8, 8),
 }
 each_model = pytest.mark.parametrize(("spec", "shape"), SPECS.items(), ids=SPECS.keys())
 

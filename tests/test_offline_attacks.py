@@ -114,14 +114,17 @@ def test_the_command_shows_a_reconstruction_without_a_truth(foreign, tmp_path, c
     assert main(arguments) == 0
     page = (tmp_path / "o" / "report.html").read_text()
     assert page.count('alt="reconstruction"') == 1 and 'alt="original"' not in page
-    assert "truth unknown" in page
+    assert "truth unknown" in page and "<h3>Scores</h3>" not in page and "0.0 dB" not in page
     assert json.loads(capsys.readouterr().out)["report"].endswith("report.html")
 
 
 def test_the_command_attacks_one_client_of_a_run(run, tmp_path):
     arguments = ["attack", str(run.path), "--client", "0", "--round", "1", "--seconds", "20"]
-    assert main([*arguments, "--restarts", "1", "--output", str(tmp_path / "o"), "--json"]) == 0
-    assert set(load_run(tmp_path / "o").records["client_id"]) == {0}
+    assert main([*arguments, "--restarts", "1", "--lpips", "--output", str(tmp_path / "o"), "--json"]) == 0
+    records = load_run(tmp_path / "o").records
+    assert set(records["client_id"]) == {0}
+    lpips = records.query("quantity == 'dlg.lpips'")
+    assert lpips["status"].tolist() == ["skipped"] and "32x32" in lpips["reason"].item()  # digits are 8x8
 
 
 def test_what_is_missing_is_said(run, foreign, tmp_path, capsys):

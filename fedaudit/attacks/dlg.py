@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedaudit.attacks.attacked_model import broadcast_model, paired
 from fedaudit.attacks.label_strategies import head_labels
 from fedaudit.needs import Needs
+from fedaudit.progress import heartbeat
 from fedaudit.types import ClientUpdate, Loss, Reconstruction, RoundContext
 
 _log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def match_gradient(
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         steps = int(optimizer.state[x]["n_iter"])
         trace.append(look())
+        heartbeat(steps, iterations)
         if trace[-1] < best and bool(torch.isfinite(x).all()):
             best, best_x, best_y = trace[-1], x.detach().clone(), y.detach().clone()
     if not math.isfinite(best):
@@ -218,6 +220,7 @@ class DLG:
         ):
             x0, logits = self._start((batch, *ctx.input_shape), ctx.num_classes, ctx, generator)
             y0 = logits if fixed is None else fixed
+            heartbeat(0, self.iterations, restarts=f"{used + 1} of {self.restarts}")
             found = match_gradient(
                 model,
                 ctx.loss,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedaudit.attacks.signed_adam import Descent, SignedAdam
+from fedaudit.progress import heartbeat
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def descend(
         rows = alive[better].to(variables[0].device)
         for best, now in zip(kept, variables, strict=True):
             best[rows] = now[places]
+        heartbeat(iteration, descent.iterations, restarts=f"{len(alive)} of {count}")
         if iteration == descent.iterations or time.monotonic() > deadline:
             break
         moves = adam.step(slopes, descent)

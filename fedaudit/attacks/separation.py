@@ -11,6 +11,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from fedaudit.progress import heartbeat
+
 _AT_ONCE = 1024  # submatrices whose null vectors are computed together
 _SIGMAS = 6.0  # entries within so many standard deviations of the noise count as zero
 _LEVERAGE = 0.9  # a row above it may alone fix one dimension of a direction: it is tested without the row
@@ -148,6 +150,7 @@ def separate(
         return fits
 
     while tried < submatrices and time.monotonic() < deadline and len(alive) >= rank:
+        heartbeat(tried, submatrices, examples=rank)
         several = min(_AT_ONCE, submatrices - tried, max(16, 2 ** (rank + 2)))
         tried += several
         fresh = False

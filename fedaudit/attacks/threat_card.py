@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from fedaudit.attacks.imprint import ImprintBlock
 from fedaudit.registry import AT_SERVER, parts_of
 from fedaudit.types import ClientUpdate, RoundContext
 
@@ -31,7 +32,8 @@ class ThreatCard:
             "not used".
         defense: the defense in force, without its options; those of a chain joined by "then".
         trained_rounds: rounds of training before this update; 0 is a model at its initialisation.
-        active: whether the server changed the model or the protocol to make the attack work.
+        active: whether the server changed the model or the protocol to make attacks work, whichever attack
+            this card is of.
     """
 
     local_steps: int
@@ -115,5 +117,5 @@ def threat_card(
         labels=labels if labels in ("known", "joint", "not used") else "estimated",
         defense=" then ".join(parts_of(defense)),
         trained_rounds=max(0, update.round - 1),
-        active=bool(conditions.get("active", False)),
+        active=bool(conditions.get("active", False)) or any(isinstance(m, ImprintBlock) for m in modules),
     )

@@ -45,14 +45,7 @@ def latent_attribute(spec: str, x: Tensor, y: Tensor) -> Tensor:
     >>> latent_attribute("brightness", torch.tensor([[0.0, 0.1], [0.9, 1.0]]), torch.zeros(2))
     tensor([False,  True])
     """
-    check_attribute(spec)
-    label = _LABEL.fullmatch(spec)
-    if label:
-        found = y == int(label[1])
-    else:
-        pixels = x.detach().flatten(1).double()
-        statistic = pixels.mean(1) if spec == "brightness" else pixels.std(1, correction=0)
-        found = statistic > statistic.quantile(0.5) if len(statistic) else statistic > 0
+    found = has_attribute(spec, x, y, x)
     count = int(found.sum())
     if count in (0, len(found)):
         whose = "all" if count else "none"
@@ -61,6 +54,39 @@ def latent_attribute(spec: str, x: Tensor, y: Tensor) -> Tensor:
             "choose another attribute or more examples"
         )
     return found
+
+
+def has_attribute(spec: str, x: Tensor, y: Tensor, among: Tensor) -> Tensor:
+    """The same with the median of other examples, so that "bright" means the same for every client: (B,).
+
+    Args:
+        spec: "brightness", "contrast" or "label:K".
+        x: examples (B, ...).
+        y: class indices (B,).
+        among: examples (n, ...) whose median is compared with; "label:K" does not use them.
+
+    Raises:
+        ValueError: if the spec names no attribute, or there is nothing to take the median of.
+
+    >>> import torch
+    >>> has_attribute("brightness", torch.tensor([[0.9]]), torch.zeros(1), torch.tensor([[0.1], [0.5]]))
+    tensor([True])
+    """
+    check_attribute(spec)
+    label = _LABEL.fullmatch(spec)
+    if label:
+        return y == int(label[1])
+    own, others = _statistic(spec, x), _statistic(spec, among)
+    if not len(own):
+        return own > 0
+    if not len(others):
+        raise ValueError("a median needs examples, got none: give the examples to compare with")
+    return own > others.quantile(0.5)
+
+
+def _statistic(spec: str, x: Tensor) -> Tensor:
+    pixels = x.detach().flatten(1).double()
+    return pixels.mean(1) if spec == "brightness" else pixels.std(1, correction=0)
 
 
 def follows_label(attribute: Tensor, y: Tensor) -> bool:

@@ -19,7 +19,7 @@ from fedaudit.report.heat_map import heat_map
 from fedaudit.report.pareto import measured_against, pareto_points
 from fedaudit.report.pareto_figure import described, pareto_figure
 from fedaudit.report.provenance import audited, configuration, notices, run_list, versions
-from fedaudit.report.quantities import PRIVACY, describe, with_unit
+from fedaudit.report.quantities import PRIVACY, TABULATED, describe, with_unit
 from fedaudit.report.seeds import defense_of, quantities_in, seed_of, shown_observer
 from fedaudit.report.style import only, styles, unit_of, without_legend
 from fedaudit.report.tables import comparison_table, paired_differences, problems, settings
@@ -231,7 +231,7 @@ def _over_rounds(rows: pd.DataFrame, defenses: Sequence[str]) -> list[str]:
     for role, title in ROLE_TITLES.items():
         plots = []
         for quantity in quantities_in(rows):
-            if describe(quantity).role != role:
+            if describe(quantity).role != role or quantity.partition(".")[2] in TABULATED:
                 continue
             for observer, part in measured[quantity]:
                 few = part["round"].nunique() < 3 and bool(part["client_id"].notna().all())

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fedaudit.config import flatten
 from fedaudit.records import Run
-from fedaudit.registry import AT_SERVER, changes_update, parts_of, shows_sums_only
+from fedaudit.registry import ACTIVE_MODELS, AT_SERVER, changes_update, parts_of, shows_sums_only
 from fedaudit.report.display import listing
 from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.quantities import PRIVACY
@@ -78,6 +78,12 @@ def notices(runs: Runs) -> list[str]:
             planned = configuration_of(run).get("federation.rounds")
             of = f" of {planned}" if planned else ""
             found.append(f"{run.name} did not end: it holds records up to round {last_round(run)}{of}.")
+    active = [name for name in _distinct(kept, "model.name") if name.partition("(")[0] in ACTIVE_MODELS]
+    if active:
+        found.append(
+            f"ACTIVE server: it broadcast a model changed to leak, {listing(active)}. These numbers are of "
+            "a server that breaks the protocol, not about an honest but curious one."
+        )
     if evidence.left_out:
         unused = listing([run.name for run in evidence.left_out])
         found.append(f"Left out, because another run has the same defense and seed: {unused}.")

@@ -343,6 +343,61 @@ _KNOWN = (
         limits="Trivially 1 where the attack was given the labels; see the attack's conditions.",
     ),
     Quantity(
+        "*.recovered",
+        "examples recovered",
+        "attack",
+        "mean",
+        -1,
+        False,
+        meaning="Share of the examples behind an update that the attack shows with more than 20 dB PSNR, "
+        "after reconstructions were matched to them one to one.",
+        limits="Plain PSNR: a shifted or mirrored copy does not count. The success of one attack only.",
+    ),
+    Quantity(
+        "*.registered-psnr",
+        "registered PSNR",
+        "attack",
+        "mean",
+        -1,
+        False,
+        meaning="PSNR in dB at the best shift by a few whole pixels, or mirror image, of a reconstruction.",
+        limits="A best of many comparisons: a guess gains parts of a decibel too, so compare it with that "
+        "of a guess. Rotation and scale are not undone.",
+    ),
+    Quantity(
+        "*.identifiability",
+        "identifiability",
+        "attack",
+        "mean",
+        -1,
+        False,
+        meaning="Share of reconstructions whose nearest neighbour in pixels, among the batch, the client's "
+        "other examples and the server's reference examples, is the true example.",
+        limits="Read it against its chance level, the batch's share of the pool: a larger pool is harder. "
+        "Pointing to an example is not showing it.",
+    ),
+    Quantity(
+        "*.feature-identifiability",
+        "identifiability by features",
+        "attack",
+        "mean",
+        -1,
+        False,
+        meaning="The same with distances between what the broadcast model's last linear layer is given.",
+        limits="Of an untrained model these features are a random projection. Same chance level.",
+    ),
+    Quantity(
+        "*.lpips",
+        "LPIPS",
+        "attack",
+        "mean",
+        1,
+        False,
+        meaning="Learnt perceptual distance between reconstructed and true images: 0 is equal, unrelated "
+        "ones have about 0.7.",
+        limits="Fitted to larger photographs; the success of one attack only.",
+    ),
+    Quantity(
         "round-seconds",
         "Time",
         "cost",
@@ -353,6 +408,9 @@ _KNOWN = (
         limits="Not comparable between machines.",
     ),
 )
+
+TABULATED = frozenset(("recovered", "registered-psnr", "identifiability", "feature-identifiability", "lpips"))
+"""Scores of attacks that the report has in its table of scores, without a figure of their own."""
 
 _BY_NAME = {known.name: known for known in _KNOWN}
 _ORDER = {known.name: place for place, known in enumerate(_KNOWN)}
