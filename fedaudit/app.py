@@ -34,10 +34,10 @@ from fedaudit.defenses.base import BudgetedByRound, Defense, adaptive
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
-from fedaudit.registry import DEFENSES
+from fedaudit.registry import DEFENSES, is_repeatable
 from fedaudit.round_release import check_signal, plan, release_behind
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round
+from fedaudit.training import TrainSettings, client_seed, plan_batches, settings_in_round, steps_per_round
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
 
 logger = logging.getLogger(__name__)
@@ -116,26 +116,17 @@ class Setup:
         rounds = self.config.federation.rounds
         if isinstance(built, BudgetedByRound):
             return built.over_rounds(rounds)
-        return plan(built, self.settings(1), rounds)
+        return plan(built, settings_in_round(self.config.train, built, 1), rounds)
 
     def settings(self, round_number: int, proximal_mu: float = 0.0) -> TrainSettings:
-        """Local training in a round."""
-        train = self.config.train
-        return TrainSettings(
-            optimizer=train.optimizer,
-            lr=train.lr * train.lr_decay ** (round_number - 1),
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            batch_size=train.batch_size,
-            local_epochs=train.local_epochs,
-            local_steps=train.local_steps,
-            proximal_mu=proximal_mu,
-        )
+        """Local training in a round, under the defense in force."""
+        return settings_in_round(self.config.train, self.defense, round_number, proximal_mu)
 
     def release(self, num_examples: int) -> StepRelease:
         """What one local step of a client with this many examples makes visible."""
-        planned = steps_per_round(num_examples, self.settings(1)) * self.config.federation.rounds
-        return self.defense.release(num_examples, self.config.train.batch_size, planned)
+        settings = self.settings(1)
+        planned = steps_per_round(num_examples, settings) * self.config.federation.rounds
+        return self.defense.release(num_examples, settings.batch_size, planned)
 
     def release_in_round(
         self, num_examples: int, round_number: int, ledger: Ledger, leakage: float | None
@@ -271,7 +262,7 @@ def check(config: RunConfig) -> Setup:
         releases = [made.release(size) for size in sizes]
         noise = torch.Generator().manual_seed(0)
         optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
-        prepared, _ = made.defense.prepare(model, optimizer, releases[0], config.train.batch_size, noise)
+        prepared, _ = made.defense.prepare(model, optimizer, releases[0], made.settings(1).batch_size, noise)
         made.defense.restore(prepared)
         check_signal(made.defense, config.audit)
         private = made.defense.guarantee(Ledger(), sizes[0]) is not None
@@ -376,6 +367,7 @@ def describe(config: RunConfig, folder: Path) -> None:
         "defense": config.defense.name,
         "seed": config.seed,
         "engine": config.federation.engine,
+        "repeatable": is_repeatable(config.defense.name),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git-revision": _revision(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

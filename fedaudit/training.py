@@ -6,7 +6,7 @@ seed, an oracle in simulation, can say which examples a client used without trai
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from fedaudit.defenses.base import Defense
+from fedaudit.config import TrainConfig
+from fedaudit.defenses.base import Defense, training_under
 from fedaudit.defenses.none import NoDefense
 from fedaudit.types import Loss, StepRelease
 
@@ -66,6 +67,31 @@ class TrainSettings:
         for name in ("momentum", "weight_decay", "local_steps", "proximal_mu"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}: 0 turns it off")
+
+
+def settings_in_round(
+    train: TrainConfig, defense: Defense, round_number: int, proximal_mu: float = 0.0
+) -> TrainSettings:
+    """Local training in a round: as the run agreed it, changed by the defense, the rate decayed.
+
+    Args:
+        train: what the run agreed.
+        defense: may have its clients train with other settings (`ChangesTraining`).
+        round_number: from 1.
+        proximal_mu: FedProx's, from the server.
+    """
+    agreed = TrainSettings(
+        optimizer=train.optimizer,
+        lr=train.lr,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        batch_size=train.batch_size,
+        local_epochs=train.local_epochs,
+        local_steps=train.local_steps,
+        proximal_mu=proximal_mu,
+    )
+    changed = training_under(defense, agreed)
+    return replace(changed, lr=changed.lr * train.lr_decay ** (round_number - 1))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = """\
 errors types needs spec registry config records progress attack_trigger vision opacus_parts resnet \
-__version__ gaussian_mechanism
+__version__ gaussian_mechanism example_clipping
 accounting rank_correlation linear_probes claims leakage_signal
 measures attacks canaries defenses data models
 auditor audit_rows report training kept_files verification round_release \

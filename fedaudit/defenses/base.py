@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
@@ -10,7 +10,12 @@ from torch.optim import Optimizer
 from fedaudit.types import Guarantee, StepRelease
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from fedaudit.accounting import Ledger
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+"""Settings of local training: `fedaudit.training.TrainSettings`, which lies above this module."""
 
 
 @runtime_checkable
@@ -147,6 +152,26 @@ def adaptive(defense: Defense) -> AdaptiveDefense | None:
 
 
 _adapts: dict[type, bool] = {}
+
+
+@runtime_checkable
+class ChangesTraining(Protocol):
+    """A defense whose clients train with other settings than those agreed for the run."""
+
+    def settings(self, agreed: Settings) -> Settings:
+        """The same settings (`TrainSettings`) with what the defense changes in them."""
+        ...
+
+
+def training_under(defense: Defense, agreed: Settings) -> Settings:
+    """The settings clients train with under a defense."""
+    kind = type(defense)
+    if kind not in _changes:
+        _changes[kind] = isinstance(defense, ChangesTraining)
+    return cast(ChangesTraining, defense).settings(agreed) if _changes[kind] else agreed
+
+
+_changes: dict[type, bool] = {}
 
 
 @runtime_checkable

@@ -68,6 +68,10 @@ def notices(runs: Runs) -> list[str]:
             planned = _config(run).get("federation.rounds")
             of = f" of {planned}" if planned else ""
             found.append(f"{run.name} did not end: it holds records up to round {last_round(run)}{of}.")
+        if run.info.get("run", {}).get("repeatable") is False:
+            found.append(
+                f"{run.name} cannot be repeated: its noise came from the operating system, not a seed."
+            )
     if evidence.left_out:
         unused = listing([run.name for run in evidence.left_out])
         found.append(f"Left out, because another run has the same defense and seed: {unused}.")

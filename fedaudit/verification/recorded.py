@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -29,7 +30,7 @@ from fedaudit.records import Run, load_run
 from fedaudit.registry import DEFENSES
 from fedaudit.round_release import release_behind
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, steps_per_round
+from fedaudit.training import TrainSettings, settings_in_round, steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
 from fedaudit.verification.derive import Claiming, Unstated, step_claims, strategy_claims
 from fedaudit.verification.memory import NoiseMemory
@@ -100,23 +101,24 @@ class RecordedRun:
 
     def settings(self, round_number: int) -> TrainSettings:
         """Local training in a round, as the configuration has it."""
-        train, strategy = self.config.train, parse_spec(self.config.strategy.name)
+        strategy = parse_spec(self.config.strategy.name)
         mu = strategy.options.get("proximal-mu", 0.0)
-        return TrainSettings(
-            optimizer=train.optimizer,
-            lr=train.lr * train.lr_decay ** (round_number - 1),
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            batch_size=train.batch_size,
-            local_epochs=train.local_epochs,
-            local_steps=train.local_steps,
-            proximal_mu=float(mu) if isinstance(mu, (int, float)) else 0.0,
-        )
+        proximal_mu = float(mu) if isinstance(mu, (int, float)) else 0.0
+        return settings_in_round(self.config.train, self.defense, round_number, proximal_mu)
+
+    @cached_property
+    def defense(self) -> Defense:
+        """The defense of the run, told over how many rounds it divides its budget."""
+        built: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
+        if isinstance(built, BudgetedByRound):
+            return built.over_rounds(self.config.federation.rounds)
+        return built
 
     def release(self, defense: Defense, num_examples: int) -> StepRelease:
         """What one local step makes visible."""
-        planned = steps_per_round(num_examples, self.settings(1)) * self.config.federation.rounds
-        return defense.release(num_examples, self.config.train.batch_size, planned)
+        settings = self.settings(1)
+        planned = steps_per_round(num_examples, settings) * self.config.federation.rounds
+        return defense.release(num_examples, settings.batch_size, planned)
 
     def epsilon_claims(self) -> dict[tuple[int, int], tuple[float, float, str, str, int]]:
         """By (round, client): epsilon, delta, unit, accountant as stated, and rounds taken part in so far."""
@@ -159,9 +161,7 @@ def verify_run(
     """
     recorded = RecordedRun(folder)
     config = recorded.config
-    defense: Defense = DEFENSES.build(parse_spec(config.defense.name))
-    if isinstance(defense, BudgetedByRound):
-        defense = defense.over_rounds(config.federation.rounds)
+    defense = recorded.defense
     general = strategy_claims(
         config.strategy.name,
         clients=config.federation.clients,
