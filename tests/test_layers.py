@@ -14,7 +14,7 @@ measures attacks canaries defenses data models
 auditor audit_rows report training kept_files verification round_release \
 candidate_scores membership_inference shadow_updates
 flower simulation
-app calibration offline_attacks insight cli cli_runs watch __main__ __init__
+app calibration tuning offline_attacks insight cli cli_runs watch __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other

@@ -86,8 +86,8 @@ class Products:
     def norms(self) -> Tensor:
         """Euclidean norms (B,); in float64 where places can cancel, so that none is understated."""
         if self.inputs.shape[1] == 1:
-            lengths: Tensor = torch.linalg.vector_norm(self.inputs, dim=(1, 2))
-            return lengths * torch.linalg.vector_norm(self.signals, dim=(1, 2))
+            lengths = [torch.linalg.vector_norm(part, dim=(1, 2)) for part in (self.inputs, self.signals)]
+            return torch.mul(*lengths)
         a, s = self.inputs.double(), self.signals.double()
         squared = (a @ a.transpose(1, 2)).mul_(s @ s.transpose(1, 2)).sum((1, 2))
         return squared.clamp_(min=0).sqrt_().to(self.signals.dtype)

@@ -68,6 +68,8 @@ def notices(runs: Runs) -> list[str]:
             planned = _config(run).get("federation.rounds")
             of = f" of {planned}" if planned else ""
             found.append(f"{run.name} did not end: it holds records up to round {last_round(run)}{of}.")
+        if _config(run).get("data.validation-fraction"):
+            found.append(f"{run.name} was evaluated on validation examples, not on the test set.")
         if run.info.get("run", {}).get("repeatable") is False:
             found.append(
                 f"{run.name} cannot be repeated: its noise came from the operating system, not a seed."
