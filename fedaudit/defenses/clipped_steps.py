@@ -61,18 +61,35 @@ class ClippedSteps(DPOptimizer):  # type: ignore[misc, unused-ignore]
 
     def clip_and_accumulate(self) -> None:
         """Sum the clipped gradients of the batch into `summed_grad`."""
-        shares = self._shares()
-        norms = torch.stack([share.norms() for share in shares], dim=1)
-        factors = clip_factors(norms, self.max_grad_norm, per_layer=self.per_layer)
-        for parameter, share, factor in zip(self.params, shares, factors.unbind(1), strict=True):
-            total = share.weighted(factor).reshape(parameter.shape)
-            parameter.summed_grad = total  # type: ignore[attr-defined]
+        parameters: list[nn.Parameter] = self.params
+        shares, scale = self._shares(parameters)
+        if self.per_layer:
+            norms = torch.stack([share.norms() for share in shares], dim=1) * scale
+            factors = (clip_factors(norms, self.max_grad_norm, per_layer=True) * scale).unbind(1)
+            sums = [share.weighted(factor) for share, factor in zip(shares, factors, strict=True)]
+        else:
+            sums = self._clipped_flat(shares, scale)
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.summed_grad = total.reshape(parameter.shape)  # type: ignore[attr-defined]
             parameter.grad_sample = None  # type: ignore[attr-defined]  # no gradient is used twice
         if self.ghosts is not None:
             self.ghosts.calls.clear()
 
-    def _shares(self) -> list[Share]:
-        parameters: list[nn.Parameter] = self.params
+    def _clipped_flat(self, shares: list[Share], scale: int) -> list[Tensor]:
+        """The sums of all shares under one factor per example; small ones are handled as one."""
+        small = [share for share in shares if isinstance(share, Rows) and share.small]
+        parts: list[Share] = [share for share in shares if not (isinstance(share, Rows) and share.small)]
+        if small:
+            parts.append(Rows(torch.cat([share.flat() for share in small], dim=1)))
+        norms = torch.stack([part.norms() for part in parts], dim=1) * scale
+        factor = clip_factors(norms, self.max_grad_norm, per_layer=False)[:, 0] * scale
+        sums = [part.weighted(factor) for part in parts]
+        pieces = iter(torch.split(sums.pop(), [s.flat().shape[1] for s in small]) if small else ())
+        rest = iter(sums)
+        return [next(pieces if isinstance(share, Rows) and share.small else rest) for share in shares]
+
+    def _shares(self, parameters: list[nn.Parameter]) -> tuple[list[Share], int]:
+        """What the batch contributes to each parameter, and what that has to be multiplied by."""
         held = [getattr(parameter, "grad_sample", None) for parameter in parameters]
         if self.ghosts is not None and any(gradients is None for gradients in held):
             return self.ghosts.shares(parameters)
@@ -81,30 +98,29 @@ class ClippedSteps(DPOptimizer):  # type: ignore[misc, unused-ignore]
                 "a private step takes one backward pass, got none or several since the last step: "
                 "call zero_grad, one backward pass, then step"
             )
-        return [Rows(gradients) for gradients in held if gradients is not None]
+        return [Rows(gradients) for gradients in held if gradients is not None], 1
 
     def add_noise(self) -> None:
         """Noise every sum; the secure kind is drawn on the CPU in float64."""
-        if not self.secure:
-            super().add_noise()  # type: ignore[no-untyped-call, unused-ignore]
-            return
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
-            total: Tensor = parameter.summed_grad  # type: ignore[attr-defined]
-            noise = secure_gaussian(total.shape, std).to(total.device)
-            parameter.grad = (total.double() + noise).to(parameter.dtype)
+            total: Tensor = parameter.__dict__["summed_grad"]
+            if self.secure:
+                noise = secure_gaussian(total.shape, std).to(total.device)
+                parameter.grad = (total.double() + noise).to(parameter.dtype)
+            elif std:  # the numbers that Opacus would draw
+                noise = torch.empty_like(total, memory_format=torch.contiguous_format)
+                parameter.grad = noise.normal_(0, std, generator=self.generator).add_(total)
+            else:
+                parameter.grad = total
 
     def pre_step(self, closure: Any = None) -> bool:
         """Clip, sum, noise and divide."""
         self.clip_and_accumulate()
         self.add_noise()
-        self.scale_grad()  # type: ignore[no-untyped-call, unused-ignore]
+        gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
+        torch._foreach_div_(gradients, float(self.expected_batch_size or 1))
         return True
-
-    @property
-    def accumulated_iterations(self) -> int:
-        """One backward pass a step."""
-        return 1
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Forget the batch."""

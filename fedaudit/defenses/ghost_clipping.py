@@ -9,7 +9,8 @@ output) times inputs a, summed over the T places where the map is applied. Clipp
 Both follow from inputs and signals of one backward pass (book-keeping: Bu et al. 2023, arXiv 2210.00038),
 where Opacus' ghost mode runs a second one. Where T is so large that the norms would cost more than the
 gradients (4 T^2 >= size of the weight; Bu et al. 2022, arXiv 2205.10683, with twice the cost for float64),
-and for every layer that is neither linear nor a plain 2-d convolution, that layer's gradients are held.
+where they are few, and for every layer that is neither linear nor a plain 2-d convolution, that layer's
+gradients are held.
 """
 
 import math
@@ -22,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedaudit.defenses.per_example import PerExampleModule
+
+SMALL = 2**13  # numbers of a parameter's gradients that are copied rather than handled by themselves
+HELD = 2**18  # numbers of a layer's gradients (1 MB) that are held rather than paid for with more operations
 
 
 class Share(Protocol):
@@ -48,12 +52,12 @@ class Rows:
 
     def norms(self) -> Tensor:
         """Euclidean norms (B,)."""
-        found: Tensor = torch.linalg.vector_norm(self._flat(), dim=1)
+        found: Tensor = torch.linalg.vector_norm(self.flat(), dim=1)
         return found
 
     def weighted(self, factors: Tensor) -> Tensor:
         """sum_b factors_b g_b."""
-        flat = self._flat()
+        flat = self.flat()
         total: Tensor = factors.to(flat.dtype) @ flat
         return total.reshape(self.gradients.shape[1:])
 
@@ -61,7 +65,13 @@ class Rows:
         """The gradients."""
         return self.gradients
 
-    def _flat(self) -> Tensor:  # (B, P), also of an empty batch and of a parameter without dimensions
+    @property
+    def small(self) -> bool:
+        """Whether copying the gradients costs less than an operation of their own."""
+        return self.gradients.numel() <= SMALL
+
+    def flat(self) -> Tensor:
+        """Rows (B, P), also of an empty batch and of a parameter without dimensions."""
         return self.gradients.reshape(len(self.gradients), math.prod(self.gradients.shape[1:]))
 
 
@@ -115,12 +125,12 @@ class Call:
         self.versions = [tensor._version for tensor in self.inputs]
 
     def receive(self, gradient: Tensor) -> None:
-        """Keep the gradient of the mean loss as that of the sum."""
-        self.signal = gradient.detach() * len(self.inputs[0])
+        """Keep the gradient, of the mean loss."""
+        self.signal = gradient.detach()
 
 
 def shares_of(call: Call) -> Iterator[tuple[nn.Parameter, Share]]:
-    """What a layer's use contributes to each of its trainable parameters, for a SUM-reduced loss.
+    """What a layer's use contributes to each of its trainable parameters, of the same loss as the signal.
 
     Raises:
         ValueError: if the layer's input was overwritten after the layer read it.
@@ -141,7 +151,8 @@ def shares_of(call: Call) -> Iterator[tuple[nn.Parameter, Share]]:
         return
     weight, bias = layer.weight, layer.bias
     if isinstance(weight, nn.Parameter) and weight.requires_grad:
-        ghost = 4 * products.inputs.shape[1] ** 2 < weight.numel()
+        places, size = products.inputs.shape[1], weight.numel()
+        ghost = places == 1 or (4 * places**2 < size and len(signal) * size > HELD)
         yield weight, products if ghost else Rows(products.rows())
     if isinstance(bias, nn.Parameter) and bias.requires_grad:
         yield bias, Rows(products.signals.sum(1))
@@ -215,12 +226,19 @@ class GhostModule(PerExampleModule):
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def shares(self, parameters: list[nn.Parameter]) -> list[Share]:
-        """What the batch contributes to each of these parameters.
+    def shares(self, parameters: list[nn.Parameter]) -> tuple[list[Share], int]:
+        """What the batch contributes to each of these parameters, of the mean loss, and its size B.
 
         Raises:
-            ValueError: if a parameter took no part in the loss, or an input was overwritten.
+            ValueError: if a parameter took no part in the loss, layers saw batches of different sizes, or an
+                input was overwritten.
         """
+        sizes = {len(call.inputs[0]) for call in self.calls}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the first dimension of every layer's input is the batch, got sizes {sorted(sizes)}: "
+                "reshape inside the model"
+            )
         found: dict[nn.Parameter, list[Share]] = {}
         for call in self.calls:
             for parameter, share in shares_of(call):
@@ -230,10 +248,11 @@ class GhostModule(PerExampleModule):
                 "a private step needs every trainable parameter's gradient, got none for some: "
                 "run a backward pass before the step, and freeze parameters that the loss does not use"
             )
-        return [
+        shares_by_parameter: list[Share] = [
             shares[0] if len(shares) == 1 else Rows(torch.stack([s.rows() for s in shares]).sum(0))
             for shares in (found[parameter] for parameter in parameters)
         ]
+        return shares_by_parameter, sizes.pop()
 
 
 def takes_ghosts(model: nn.Module) -> bool:
