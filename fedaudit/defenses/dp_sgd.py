@@ -38,8 +38,9 @@ class DPSGD:
 
     `grad_sample` says how the clipped sum is computed, not what it is: "hooks" is Opacus' way, with
     the gradients of every example held; "ghost" reads norms and sum off one backward pass
-    (`fedaudit.defenses.ghost_clipping`), equal up to rounding; "auto" takes it for every model whose
-    layers can be watched so, where it was found faster and smaller in every case that was measured.
+    (`fedaudit.defenses.ghost_clipping`), equal up to rounding; "auto" is ghost for every model whose
+    layers can be watched so, else hooks. On eight models of this package ghost took 0.06 to 1 times the
+    time of hooks on one CPU thread, least where linear layers are wide.
 
     Noise comes from the generator that is handed in. A seeded generator is for simulation: whoever
     knows the seed removes the noise. With `secure_rng` it comes from the operating system's
