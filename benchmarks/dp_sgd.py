@@ -5,9 +5,10 @@
 Clients with 32 or 100 handwritten digits (8x8), one local epoch in batches of 8, and the client's epsilon
 asked for after every round. The plain recipe copies the model, calls `PrivacyEngine().make_private` and asks
 the engine for `get_epsilon` in every round, with Opacus' default accountant and with its Rényi accountant. It
-forgets earlier rounds; fedaudit's number counts all of them. Both alternate round by round (A B A B); "ratio"
-is the recipe's time over fedaudit's. Training without privacy stands beside them: neither can be faster, so
-that the ratio falls as training grows beside the rest.
+forgets earlier rounds; fedaudit's number counts all of them. fedaudit's clients use `grad-sample=auto`;
+"grad-sample" sets that against hooks, which hold every example's gradients. Each pair alternates round by
+round (A B A B); "ratio" is the second's time over the first's. Training without privacy stands beside them:
+neither can be faster, so that the ratio falls as training grows beside the rest.
 
 "accounting" is the share of clients' time that choosing noise, checking the budget and stating epsilon take
 over 20 rounds, from cold caches, for ten clients of one size and for ten of different sizes.
@@ -141,12 +142,17 @@ def measure(name: str, examples: int, options: argparse.Namespace) -> dict[str, 
     found["parameters"] = sum(p.numel() for p in model.parameters())
     found["steps"] = steps_per_round(examples, SETTINGS)
     for accountant in ("prv", "rdp"):
-        mine = Audited(model, clients, DPSGD(EPSILON))
+        mine = Audited(model, clients, DPSGD(EPSILON, grad_sample="auto"))
         recipe = PlainRecipe(copy.deepcopy(model), clients, accountant)
         mine()  # imports and caches of both
         recipe()
         pairs = [alternate(mine, recipe, options.rounds) for _ in range(options.pairs)]
         found[accountant] = compare(pairs, ("fedaudit", "opacus-recipe"), options.clients)
+    modes = [Audited(model, clients, DPSGD(EPSILON, grad_sample=mode)) for mode in ("auto", "hooks")]
+    for mode in modes:
+        mode()
+    pairs = [alternate(modes[0], modes[1], options.rounds) for _ in range(options.pairs)]
+    found["grad-sample"] = compare(pairs, ("auto", "hooks"), options.clients)
     plain = Audited(model, clients, NoDefense())
     plain()
     seconds = [timed(plain)[0] for _ in range(options.pairs * options.rounds)]

@@ -36,11 +36,11 @@ from fedaudit.defenses.chain import secure_part
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
-from fedaudit.registry import DEFENSES
+from fedaudit.registry import DEFENSES, is_repeatable
 from fedaudit.round_release import check_signal, plan, release_behind
 from fedaudit.secure_sum import SecureSum, check_secure
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round, under_defense
+from fedaudit.training import TrainSettings, client_seed, plan_batches, settings_in_round, steps_per_round
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
 from fedaudit.vary import written
 
@@ -157,14 +157,10 @@ class Setup:
     def defense(self) -> Defense:
         """The defense in force, planned over the run's rounds where it divides a budget among them."""
         rounds = self.config.federation.rounds
-        if isinstance(self._built_defense, BudgetedByRound):
-            return self._built_defense.over_rounds(rounds)
-        return plan(self._built_defense, self.settings(1), rounds)
-
-    @cached_property
-    def _built_defense(self) -> Defense:
         built: Defense = DEFENSES.build(parse_spec(self.config.defense.name))
-        return built
+        if isinstance(built, BudgetedByRound):
+            return built.over_rounds(rounds)
+        return plan(built, settings_in_round(self.config.train, built, 1), rounds)
 
     @cached_property
     def secure(self) -> SecureSum | None:
@@ -173,19 +169,8 @@ class Setup:
         return SecureSum(part, self.config.seed) if part is not None else None
 
     def settings(self, round_number: int, proximal_mu: float = 0.0) -> TrainSettings:
-        """Local training in a round, as configuration and defense have it."""
-        train = self.config.train
-        configured = TrainSettings(
-            optimizer=train.optimizer,
-            lr=train.lr * train.lr_decay ** (round_number - 1),
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            batch_size=train.batch_size,
-            local_epochs=train.local_epochs,
-            local_steps=train.local_steps,
-            proximal_mu=proximal_mu,
-        )
-        return under_defense(configured, self._built_defense)
+        """Local training in a round, under the defense in force."""
+        return settings_in_round(self.config.train, self.defense, round_number, proximal_mu)
 
     def release(self, num_examples: int) -> StepRelease:
         """What one local step of a client that trains on this many examples makes visible."""
@@ -339,8 +324,7 @@ def check(config: RunConfig) -> Setup:
         releases = [made.release(size) for size in sizes]
         noise = torch.Generator().manual_seed(0)
         optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
-        batch_size = made.settings(1).batch_size
-        prepared, _ = made.defense.prepare(model, optimizer, releases[0], batch_size, noise)
+        prepared, _ = made.defense.prepare(model, optimizer, releases[0], made.settings(1).batch_size, noise)
         made.defense.restore(prepared)
         check_signal(made.defense, config.audit)
         central_parts.protected(strategy, made)
@@ -449,6 +433,7 @@ def describe(config: RunConfig, folder: Path) -> None:
         "defense": config.defense.name,
         "seed": config.seed,
         "engine": config.federation.engine,
+        "repeatable": is_repeatable(config.defense.name),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git-revision": _revision(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

@@ -21,7 +21,7 @@ from fedaudit.attacks.membership import (
 from fedaudit.measures.cohort import same_weights
 from fedaudit.measures.ghost_kernels import example_gradients
 from fedaudit.measures.round_examples import broadcast_model
-from fedaudit.types import ClientUpdate, Loss, RoundContext
+from fedaudit.types import ClientUpdate, Loss, RoundContext, StepRelease
 
 Score = Literal[
     "loss",
@@ -80,7 +80,7 @@ def candidate_scores(
     if base in ("loss", "gradient-norm"):
         found = _returned_scores(base, updates, ctx, x, y)
     else:
-        found = _aligned_scores(base, align(updates, ctx, x, y), updates, ctx)
+        found = _aligned_scores(base, updates, ctx, x, y)
     return against_others(found) if score.startswith(AGAINST_OTHERS) else found
 
 
@@ -107,7 +107,14 @@ def scores_over_rounds(
     return average_over_rounds([candidate_scores(score, updates, ctx, x, y) for updates, ctx in rounds])
 
 
-def align(updates: Sequence[ClientUpdate], ctx: RoundContext, x: Tensor, y: Tensor) -> Alignment:
+def align(
+    updates: Sequence[ClientUpdate],
+    ctx: RoundContext,
+    x: Tensor,
+    y: Tensor,
+    *,
+    clipped: StepRelease | None = None,
+) -> Alignment:
     """Inner products of the candidates' gradients with the updates, without holding all gradients.
 
     Args:
@@ -115,6 +122,7 @@ def align(updates: Sequence[ClientUpdate], ctx: RoundContext, x: Tensor, y: Tens
         ctx: with the model and the loss.
         x: candidates (n, *input_shape).
         y: their labels (n,).
+        clipped: a release whose clipping the gradients go through first; None leaves them as they are.
 
     Raises:
         ValueError: as `candidate_scores`.
@@ -125,7 +133,7 @@ def align(updates: Sequence[ClientUpdate], ctx: RoundContext, x: Tensor, y: Tens
     deltas = [update.delta for update in updates]
     squared = [sum(float(delta[name].double().square().sum()) for name in trainable) for delta in deltas]
     products, norms = [], []
-    for gradients in _gradients(model, loss, x, y, ctx.device):
+    for gradients in _gradients(model, loss, x, y, ctx.device, clipped):
         block = torch.zeros(len(updates), len(gradients), dtype=torch.float64, device=gradients.device)
         parts = torch.split(gradients, list(trainable.values()), dim=1)
         for name, part in zip(trainable, parts, strict=True):
@@ -138,9 +146,10 @@ def align(updates: Sequence[ClientUpdate], ctx: RoundContext, x: Tensor, y: Tens
 
 
 def _aligned_scores(
-    base: str, aligned: Alignment, updates: Sequence[ClientUpdate], ctx: RoundContext
+    base: str, updates: Sequence[ClientUpdate], ctx: RoundContext, x: Tensor, y: Tensor
 ) -> Tensor:
     """Scores (R, n) made of inner products."""
+    aligned = align(updates, ctx, x, y)
     if base == "cosine":
         return cosine(aligned.products, aligned.norms, aligned.update_norms)
     if base == "matched-filter":
@@ -153,12 +162,18 @@ def _aligned_scores(
                 f"gradient-difference needs lr > 0 and steps > 0 of plain SGD, got lr={ctx.lr}, "
                 f"steps={steps}: state both, or choose the cosine"
             )
-        clip_norm = ctx.release(update).clip_norm if ctx.release is not None else None
-        shrunk = torch.ones_like(aligned.norms)
-        if clip_norm is not None:
-            shrunk = (clip_norm / aligned.norms).clamp(max=1)
-        unit = update.num_examples / (ctx.lr * steps)
-        rows.append(gradient_difference(unit * shrunk * products, shrunk * aligned.norms))
+        release = ctx.release(update) if ctx.release is not None else None
+        unit, norms, shrunk = (
+            update.num_examples / (ctx.lr * steps),
+            aligned.norms,
+            torch.ones_like(aligned.norms),
+        )
+        if release is not None and release.per_layer:  # no factor for the whole gradient: align anew
+            alone = align([update], ctx, x, y, clipped=release)
+            products, norms = alone.products[0], alone.norms
+        elif release is not None and release.clip_norm is not None:
+            shrunk = (release.clip_norm / norms).clamp(max=1)
+        rows.append(gradient_difference(unit * shrunk * products, shrunk * norms))
     return torch.stack(rows)
 
 
@@ -183,11 +198,20 @@ def _returned_scores(
     return torch.stack(rows)
 
 
-def _gradients(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, device: str) -> Iterator[Tensor]:
+def _gradients(
+    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, device: str, clipped: StepRelease | None = None
+) -> Iterator[Tensor]:
     """Per-example gradients (c, P), a few candidates at a time."""
     size = max(1, BLOCK // sum(p.numel() for p in model.parameters() if p.requires_grad))
     for some, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
-        yield example_gradients(model, loss, some.to(device), labels.to(device))
+        yield example_gradients(
+            model,
+            loss,
+            some.to(device),
+            labels.to(device),
+            clip_norm=clipped.clip_norm if clipped is not None else None,
+            per_layer=clipped is not None and clipped.per_layer,
+        )
 
 
 def _check_start(updates: Sequence[ClientUpdate]) -> None:

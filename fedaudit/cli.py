@@ -1,4 +1,4 @@
-"""The command `fedaudit`: run, compare, calibrate, attack, membership, attribute, diagnose, verify, ...
+"""The command `fedaudit`: run, compare, calibrate, tune, attack, membership, attribute, diagnose, ...
 
 Exit codes: 0 done, 1 a run failed or a claim is violated, 2 bad input.
 Heavy imports wait until a command needs them.
@@ -151,6 +151,38 @@ def calibrate(
 
     Console().print(rich_table(found))
     print(f"report: {page}")
+
+
+@cli.command()
+def tune(
+    config: Config,
+    set_: Set = None,
+    engine: EngineOption = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Search learning rate, clip norm and batch size of a defense on validation data."""
+    loaded = load_config(config, overrides(set_, engine, output))
+    from fedaudit.config import ints
+    from fedaudit.tuning import search_cost, settings_of, write_tuning
+    from fedaudit.tuning import tune as run_trials
+    from fedaudit.watch import Watch
+
+    folder = fresh(Path(loaded.output.directory) / f"tune-{Path(config).stem}")
+    with Watch(len(settings_of(loaded)) * len(ints(loaded.tune.seeds)), quiet=as_json):
+        trials = run_trials(loaded, folder)
+    found = write_tuning(loaded, trials, search_cost(loaded, trials), folder)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    from fedaudit.report.terminal import trials_table
+
+    Console().print(trials_table(found["trials"], found["best"]["defense"]))
+    for note in found["notes"]:
+        print(note)
+    print(f"best setting: {found['tuned']}  (fedaudit compare {found['tuned']})")
 
 
 @cli.command()

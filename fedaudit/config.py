@@ -5,6 +5,7 @@ Keys are kebab-case in TOML and dotted in Flower's run configuration (``data.nam
 """
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -131,6 +132,23 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
+def _real_as_text(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value
+
+
+def _number_list(text: str) -> str:
+    try:
+        values = [float(piece) for piece in _pieces(text)]
+    except ValueError as error:
+        raise ValueError("numbers separated by commas are allowed: write e.g. '0.1, 0.3'") from error
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError("numbers above 0 are allowed: write e.g. '0.1, 0.3'")
+    if len(set(values)) < len(values):
+        raise ValueError("each number is listed once: remove the repetition")
+    return text
+
+
+NumberList = Annotated[str, BeforeValidator(_real_as_text), AfterValidator(_number_list)]
 IntList = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_int_list)]
 
 
@@ -141,6 +159,15 @@ def ints(text: str) -> tuple[int, ...]:
     (1, 5)
     """
     return tuple(int(piece) for piece in _pieces(text))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The numbers in a comma-separated list.
+
+    >>> numbers("0.1, 3")
+    (0.1, 3.0)
+    """
+    return tuple(float(piece) for piece in _pieces(text))
 
 
 class Section(BaseModel):
@@ -167,6 +194,9 @@ class DataConfig(Section):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="share held by the server for testing")
     reference_fraction: float = Field(
         0.1, ge=0, lt=1, description="share the auditing server owns as public data"
+    )
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the clients' data the server evaluates on, not on the test set"
     )
     max_examples: int = Field(0, ge=0, description="use only this many examples; 0 is all")
 
@@ -274,6 +304,22 @@ class CompareConfig(Section):
         return self
 
 
+class TuneConfig(Section):
+    """What `fedaudit tune` varies: every combination, or some of them, each one training per seed."""
+
+    defense: str = Field(
+        "dp-sgd(epsilon=8, clip-norm={clip}, lr={lr}, batch-size={batch-size})",
+        description="a defense in which {lr}, {clip} and {batch-size} stand for what is varied",
+    )
+    lr: NumberList = Field("0.1, 0.3, 1", description="learning rates; empty varies none")
+    clip: NumberList = Field("0.1, 0.3, 1", description="values of {clip}")
+    batch_size: NumberList = Field("16, 64", description="batch sizes, whole numbers")
+    trials: int = Field(0, ge=0, description="most combinations, drawn by the seed; 0 is all")
+    rounds: int = Field(0, ge=0, description="rounds of a trial; 0 is federation.rounds")
+    seeds: IntList = "0"
+    validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of the clients' data to score on")
+
+
 class CalibrateConfig(Section):
     """What `fedaudit calibrate` attacks."""
 
@@ -307,6 +353,7 @@ class RunConfig(Section):
     attack: AttackConfig = AttackConfig()
     compare: CompareConfig = CompareConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
+    tune: TuneConfig = TuneConfig()
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")

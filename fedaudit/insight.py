@@ -26,12 +26,12 @@ def insight(claims: ConfiguredClaims) -> Insight:
         if not release.clip_norm or not linear or steps_per_round(update.num_examples, settings) != 1:
             return None  # after one noised step the gradients depend on the noise
         unit = settings.lr / min(settings.batch_size, update.num_examples)
-        return _clipped_step(made, update, release.clip_norm, unit)
+        return _clipped_step(made, update, release, unit)
 
     return Insight(noise_free, lambda update: made.batches(update.client_id, update.round))
 
 
-def _clipped_step(made: Setup, update: ClientUpdate, clip_norm: float, unit: float) -> dict[str, Tensor]:
+def _clipped_step(made: Setup, update: ClientUpdate, release: StepRelease, unit: float) -> dict[str, Tensor]:
     """-unit times the sum of the batch's clipped gradients at the broadcast weights, by parameter."""
     model = made.build_model()
     model.load_state_dict(dict(update.before))
@@ -40,7 +40,14 @@ def _clipped_step(made: Setup, update: ClientUpdate, clip_norm: float, unit: flo
     total = torch.zeros(sum(p.numel() for p in parameters.values()))
     if len(rows):
         x, y = made.training_data(update.client_id, update.before)
-        gradients = example_gradients(model, summed_cross_entropy, x[rows], y[rows], clip_norm=clip_norm)
+        gradients = example_gradients(
+            model,
+            summed_cross_entropy,
+            x[rows],
+            y[rows],
+            clip_norm=release.clip_norm,
+            per_layer=release.per_layer,
+        )
         total = gradients.sum(0)
     pieces = torch.split(-unit * total, [p.numel() for p in parameters.values()])
     return {name: piece.reshape(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}

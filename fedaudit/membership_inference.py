@@ -242,7 +242,7 @@ class MembershipInference:
             return {}
         if not steps:
             return {"envelope-reason": "the number of local steps is unknown"}
-        norms = align([update], ctx, *own).norms
+        norms = align([update], ctx, *own, clipped=release if release.per_layer else None).norms
         if release.clip_norm is not None:
             norms = norms.clamp(max=release.clip_norm)
         mu = norms / release.noise_std

@@ -27,7 +27,7 @@ with _root_logger_has_a_handler():
     from opacus.accountants.analysis.rdp import compute_rdp
     from opacus.accountants.rdp import RDPAccountant
     from opacus.grad_sample import GradSampleModule
-    from opacus.grad_sample.functorch import prepare_layer
+    from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
     from opacus.optimizers import DPOptimizer
     from opacus.utils.uniform_sampler import UniformWithReplacementSampler
     from opacus.validators import ModuleValidator
@@ -41,5 +41,6 @@ __all__ = [
     "RDPAccountant",
     "UniformWithReplacementSampler",
     "compute_rdp",
+    "ft_compute_per_sample_gradient",
     "prepare_layer",
 ]

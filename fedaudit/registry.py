@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from fedaudit.errors import ConfigError
-from fedaudit.spec import Spec, build
+from fedaudit.spec import Spec, build, parse_spec
 
 
 @dataclass(frozen=True)
@@ -326,6 +326,15 @@ def parts_of(defense: str) -> list[str]:
     ['dp-sgd', 'top-k']
     """
     return [part.partition("(")[0].strip() for part in defense.split(" then ")]
+
+
+def is_repeatable(defense: str) -> bool:
+    """Whether a run under this defense depends on its seed alone; noise from the operating system does not.
+
+    >>> is_repeatable("dp-sgd(epsilon=8)"), is_repeatable("dp-sgd(secure-rng=true) then sign")
+    (True, False)
+    """
+    return not any(part.options.get("secure-rng") is True for part in parse_spec(defense).chain)
 
 
 def changes_update(defense: str) -> list[str]:

@@ -5,6 +5,7 @@ client would, noise included.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -147,4 +148,4 @@ def _release_for(release: StepRelease | None, settings: TrainSettings, size: int
     """The clients' release at a shadow's sampling rate."""
     if release is None:
         return None
-    return StepRelease(release.clip_norm, release.noise_std, min(1.0, settings.batch_size / size))
+    return replace(release, sample_rate=min(1.0, settings.batch_size / size))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from fedaudit.defenses.base import Defense, trained_with
+from fedaudit.config import TrainConfig
+from fedaudit.defenses.base import Defense, training_under
 from fedaudit.defenses.none import NoDefense
 from fedaudit.types import Loss, StepRelease
 
@@ -68,6 +69,31 @@ class TrainSettings:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}: 0 turns it off")
 
 
+def settings_in_round(
+    train: TrainConfig, defense: Defense, round_number: int, proximal_mu: float = 0.0
+) -> TrainSettings:
+    """Local training in a round: as the run agreed it, changed by the defense, the rate decayed.
+
+    Args:
+        train: what the run agreed.
+        defense: may have its clients train with other settings (`ChangesTraining`).
+        round_number: from 1.
+        proximal_mu: FedProx's, from the server.
+    """
+    agreed = TrainSettings(
+        optimizer=train.optimizer,
+        lr=train.lr,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        batch_size=train.batch_size,
+        local_epochs=train.local_epochs,
+        local_steps=train.local_steps,
+        proximal_mu=proximal_mu,
+    )
+    changed = training_under(defense, agreed)
+    return replace(changed, lr=changed.lr * train.lr_decay ** (round_number - 1))
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What one round of local training did.
@@ -82,13 +108,6 @@ class TrainResult:
     loss: float
     steps: int
     examples_seen: int
-
-
-def under_defense(settings: TrainSettings, defense: Defense) -> TrainSettings:
-    """The settings that clients train with, given those configured: a defense may change batches and lr."""
-    configured = settings.batch_size, settings.lr
-    used = trained_with(defense, *configured)
-    return settings if used == configured else replace(settings, batch_size=used[0], lr=used[1])
 
 
 def steps_per_round(num_examples: int, settings: TrainSettings) -> int:

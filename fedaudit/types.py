@@ -46,11 +46,21 @@ class StepRelease:
         clip_norm: largest norm of a per-example gradient; None if gradients are not clipped.
         noise_std: standard deviation added to every coordinate of the SUM; 0 if none.
         sample_rate: probability (or fraction) with which an example enters the step.
+        per_layer: whether each of the L trainable parameter tensors is clipped by itself, at
+            clip_norm / sqrt(L), so that the whole is no longer than clip_norm either.
     """
 
     clip_norm: float | None
     noise_std: float
     sample_rate: float
+    per_layer: bool = False
+
+    def __repr__(self) -> str:
+        layers = ", per_layer=True" if self.per_layer else ""
+        return (
+            f"StepRelease(clip_norm={self.clip_norm}, noise_std={self.noise_std}, "
+            f"sample_rate={self.sample_rate}{layers})"
+        )
 
     @classmethod
     def stated(cls, reported: Mapping[str, float]) -> "StepRelease | None":
@@ -61,7 +71,7 @@ class StepRelease:
         """
         said = [reported.get(name, math.nan) for name in STATED]
         possible = all(map(math.isfinite, said)) and min(said) > 0 and said[-1] <= 1
-        return cls(*said) if possible else None
+        return cls(said[0], said[1], said[2]) if possible else None
 
 
 @dataclass(frozen=True, eq=False)

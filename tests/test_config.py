@@ -34,6 +34,7 @@ OUTSIDE: dict[str, list[tuple[Any, str]] | None] = {
     "data.partitioner": [("random", "choose one of iid"), ("", "exactly one name is allowed here, got 0")],
     "data.test-fraction": [(0, "greater than 0"), (1, "less than 1")],
     "data.reference-fraction": [(-0.1, "greater than or equal to 0"), (1.0, "less than 1")],
+    "data.validation-fraction": [(-0.1, "greater than or equal to 0"), (1.0, "less than 1")],
     "data.max-examples": [(-1, "greater than or equal to 0")],
     "model.name": [("vgg", "choose one of logistic")],
     "federation.clients": [(1, "greater than or equal to 2")],
@@ -86,6 +87,18 @@ OUTSIDE: dict[str, list[tuple[Any, str]] | None] = {
     ],
     "calibrate.examples": [(0, "greater than or equal to 1")],
     "calibrate.repetitions": [(3, "greater than or equal to 4")],
+    "tune.defense": None,
+    "tune.lr": [
+        ("0.1; 1", "numbers separated by commas"),
+        ("0", "numbers above 0"),
+        ("1, 1.0", "listed once"),
+    ],
+    "tune.clip": [("x", "numbers separated by commas"), ("inf", "numbers above 0")],
+    "tune.batch-size": [("-1", "numbers above 0")],
+    "tune.trials": [(-1, "greater than or equal to 0")],
+    "tune.rounds": [(-1, "greater than or equal to 0")],
+    "tune.seeds": [("1, 1", "listed once")],
+    "tune.validation-fraction": [(0, "greater than 0"), (1, "less than 1")],
     "output.directory": None,
     "output.name": None,
     "output.resume": None,
@@ -128,6 +141,8 @@ WRONG = {
 @pytest.mark.parametrize("key", OUTSIDE)
 def test_a_value_of_another_type_is_refused(key: str) -> None:
     for value in WRONG[type(RunConfig().flat()[key])]:
+        if value == 1.5 and key in ("tune.lr", "tune.clip", "tune.batch-size"):
+            continue  # a list of one number
         sentence = refused({key: value})
         assert sentence.startswith(f"{key} = {value!r} is not allowed: it must be ")
         assert "\n" not in sentence

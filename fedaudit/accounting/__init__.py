@@ -18,6 +18,7 @@ from fedaudit.accounting.adaptive import RenyiFilter, RenyiOdometer
 from fedaudit.accounting.composition import Accountant, epsilon, noise_multiplier_for
 from fedaudit.accounting.federation import Adversary, FederationLedger, Sampling, client_epsilon
 from fedaudit.accounting.ledger import Entry, Ledger
+from fedaudit.accounting.selection import Search, search_epsilon
 
 __all__ = [
     "Accountant",
@@ -28,7 +29,9 @@ __all__ = [
     "RenyiFilter",
     "RenyiOdometer",
     "Sampling",
+    "Search",
     "client_epsilon",
     "epsilon",
     "noise_multiplier_for",
+    "search_epsilon",
 ]

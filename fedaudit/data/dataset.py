@@ -84,7 +84,7 @@ class Split:
 
     Attributes:
         train: what the clients hold together.
-        test: what the server evaluates the global model on.
+        test: what the server evaluates the global model on; validation data where some were asked for.
         reference: the auditing server's own public data; None if it has none.
     """
 
@@ -121,11 +121,13 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> Split:
     The test set is the dataset's own test split where it has one (``data.test-fraction`` is then not
     used), else the share ``test_fraction`` of all examples. The reference set is the share
     ``reference_fraction`` of what remains. Shares are met exactly in total and within one example in
-    each class. The last splits are kept, so that asking again costs nothing.
+    each class. With ``data.validation-fraction`` that share of the clients' examples takes the place of the
+    test set, so that settings are chosen without it; test and reference examples stay what they are without
+    it, and nobody holds the test examples. The last splits are kept, so that asking again costs nothing.
 
     Args:
         dataset: what to divide.
-        config: ``test_fraction`` and ``reference_fraction`` are read.
+        config: ``test_fraction``, ``reference_fraction`` and ``validation_fraction`` are read.
         seed: seed of the division; every process of a federation must use the same one.
 
     Raises:
@@ -136,7 +138,9 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> Split:
     (1294, 359, 144)
     """
     with _LOADING:
-        return _split(dataset, config.test_fraction, config.reference_fraction, seed)
+        return _split(
+            dataset, config.test_fraction, config.reference_fraction, config.validation_fraction, seed
+        )
 
 
 def draw_stratified(strata: Indices, size: int, rng: np.random.Generator) -> Indices:
@@ -184,7 +188,9 @@ def _load(name: str, root: str, download: bool, max_examples: int, seed: int) ->
 
 
 @lru_cache(maxsize=2)
-def _split(dataset: Dataset, test_fraction: float, reference_fraction: float, seed: int) -> Split:
+def _split(
+    dataset: Dataset, test_fraction: float, reference_fraction: float, validation_fraction: float, seed: int
+) -> Split:
     rng = np.random.default_rng([seed, 1])
     everything = np.arange(len(dataset))
     if dataset.test is not None:
@@ -201,6 +207,15 @@ def _split(dataset: Dataset, test_fraction: float, reference_fraction: float, se
             f"and {len(reference)} of {len(dataset)} with data.test-fraction={test_fraction:g} and "
             f"data.reference-fraction={reference_fraction:g}: change the shares or data.max-examples"
         )
+    if validation_fraction:
+        own = np.random.default_rng([seed, 2])  # of its own: the other parts stay what they are without it
+        drawn = draw_stratified(dataset.y.numpy()[train], round(validation_fraction * len(train)), own)
+        test, train = train[drawn], np.setdiff1d(train, train[drawn])
+        if not len(train) or not len(test):
+            raise DataError(
+                f"clients and validation need at least one example each, got {len(train)} and {len(test)} "
+                f"with data.validation-fraction={validation_fraction:g}: change it or data.max-examples"
+            )
     parts = [dataset.subset(torch.from_numpy(part)) for part in (train, test)]
     public = dataset.subset(torch.from_numpy(reference)) if len(reference) else None
     return Split(parts[0], parts[1], public)

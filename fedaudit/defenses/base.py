@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
@@ -11,8 +10,13 @@ from torch.optim import Optimizer
 from fedaudit.types import Guarantee, StepRelease
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from fedaudit.accounting import Ledger
     from fedaudit.defenses.central_dp import CentralPlan
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+"""Settings of local training: `fedaudit.training.TrainSettings`, which lies above this module."""
 
 
 @runtime_checkable
@@ -152,6 +156,26 @@ _adapts: dict[type, bool] = {}
 
 
 @runtime_checkable
+class ChangesTraining(Protocol):
+    """A defense whose clients train with other settings than those agreed for the run."""
+
+    def settings(self, agreed: Settings) -> Settings:
+        """The same settings (`TrainSettings`) with what the defense changes in them."""
+        ...
+
+
+def training_under(defense: Defense, agreed: Settings) -> Settings:
+    """The settings clients train with under a defense."""
+    kind = type(defense)
+    if kind not in _changes:
+        _changes[kind] = isinstance(defense, ChangesTraining)
+    return cast(ChangesTraining, defense).settings(agreed) if _changes[kind] else agreed
+
+
+_changes: dict[type, bool] = {}
+
+
+@runtime_checkable
 class BudgetedByRound(Protocol):
     """A defense that divides its budget over the rounds of a run, which it has to be told."""
 
@@ -170,15 +194,6 @@ class CentralDefense(Defense, Protocol):
 
     def central_plan(self, clients: int, cohort: int) -> "CentralPlan":
         """What the server does in a federation of so many clients, `cohort` of which are asked in a round."""
-        ...
-
-
-@runtime_checkable
-class ChangesTraining(Protocol):
-    """A defense that changes how clients train, in a way that everybody is told in advance."""
-
-    def training(self, batch_size: int, lr: float) -> tuple[int, float]:
-        """Batch size and learning rate in place of those configured."""
         ...
 
 
@@ -222,16 +237,3 @@ def parts_of(defense: Defense) -> tuple[Defense, ...]:
 def removing(defense: Defense) -> RemovesExamples | None:
     """The part of a defense that leaves examples out, if there is one."""
     return next((part for part in parts_of(defense) if isinstance(part, RemovesExamples)), None)
-
-
-def trained_with(defense: Defense, batch_size: int, lr: float) -> tuple[int, float]:
-    """Batch size and learning rate that clients train with under a defense, given those configured."""
-    for part in parts_of(defense):
-        if _changes_training(type(part)):
-            batch_size, lr = cast(ChangesTraining, part).training(batch_size, lr)
-    return batch_size, lr
-
-
-@cache
-def _changes_training(kind: type) -> bool:
-    return issubclass(kind, ChangesTraining)

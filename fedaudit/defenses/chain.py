@@ -16,7 +16,15 @@ from fedaudit.claims import (
     QuantizationLevels,
     Sparsity,
 )
-from fedaudit.defenses.base import BudgetedByRound, CentralDefense, Defense, RemovesExamples, adaptive
+from fedaudit.defenses.base import (
+    BudgetedByRound,
+    CentralDefense,
+    Defense,
+    RemovesExamples,
+    Settings,
+    adaptive,
+    training_under,
+)
 from fedaudit.defenses.plain_steps import PlainSteps
 from fedaudit.defenses.secure_aggregation import SecureAggregation
 from fedaudit.types import Guarantee, StepRelease
@@ -93,6 +101,12 @@ class Chain:
         return Chain(
             tuple(p.over_rounds(rounds) if isinstance(p, BudgetedByRound) else p for p in self.parts)
         )
+
+    def settings(self, agreed: Settings) -> Settings:
+        """The agreed training, changed by one part after the other."""
+        for part in self.parts:
+            agreed = training_under(part, agreed)
+        return agreed
 
     def release(self, num_examples: int, batch_size: int, planned_steps: int) -> StepRelease:
         """That of the first part."""

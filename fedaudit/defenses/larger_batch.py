@@ -1,11 +1,12 @@
 """Larger effective batches: more examples behind each gradient, everything else as it was."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
+from fedaudit.defenses.base import Settings
 from fedaudit.defenses.plain_steps import PlainSteps
 
 
@@ -33,7 +34,9 @@ class LargerBatch(PlainSteps):
     Raises:
         ValueError: for a factor below 1.
 
-    >>> LargerBatch(4, scale_lr=True).training(batch_size=16, lr=0.1)
+    >>> from fedaudit.training import TrainSettings
+    >>> larger = LargerBatch(4, scale_lr=True).settings(TrainSettings(batch_size=16, lr=0.1))
+    >>> larger.batch_size, larger.lr
     (64, 0.4)
     """
 
@@ -46,9 +49,13 @@ class LargerBatch(PlainSteps):
         if self.factor < 1:
             raise ValueError(f"factor must be a whole number >= 1, got {self.factor}: choose e.g. 4")
 
-    def training(self, batch_size: int, lr: float) -> tuple[int, float]:
-        """Batch size and learning rate in place of those configured."""
-        return batch_size * self.factor, lr * self.factor if self.scale_lr else lr
+    def settings(self, agreed: Settings) -> Settings:
+        """The agreed training with larger batches and, if asked for, a larger learning rate."""
+        now: Any = agreed
+        larger: dict[str, Any] = {"batch_size": now.batch_size * self.factor}
+        if self.scale_lr:
+            larger["lr"] = now.lr * self.factor
+        return replace(agreed, **larger)
 
     def protect(self, delta: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
         """The update itself."""

@@ -30,19 +30,24 @@ class PerExampleModule(GradSampleModule):  # type: ignore[misc, unused-ignore]
             self.capture_backprops_hook, loss_reduction=loss_reduction, batch_first=batch_first
         )
 
-        def capture(layer: nn.Module, inputs: Any, output: Any) -> None:
+        def capture(layer: nn.Module, inputs: Any, output: Any) -> Any:
             if not isinstance(output, Tensor):  # a DPLSTM and its like: the linear layers inside are hooked
-                return
-            self.capture_activations_hook(layer, inputs, output)
-            if layer.training and output.requires_grad and self.hooks_enabled:
-                hook: Any = output.register_hook
-                hook(lambda gradient: backprop(layer, None, (gradient,)))
+                return None
+            return self.watch(layer, inputs, output, backprop)
 
         for layer in self.iterate_submodules(self._module):
             if force_functorch or type(layer) not in self.GRAD_SAMPLERS:
                 prepare_layer(layer, batch_first=batch_first)  # type: ignore[no-untyped-call]
             handles.append(layer.register_forward_hook(capture))
         self.enable_hooks()
+
+    def watch(self, layer: nn.Module, inputs: Any, output: Tensor, backprop: Any) -> Tensor | None:
+        """See one use of a layer, and return what stands in its output's place, if anything does."""
+        self.capture_activations_hook(layer, inputs, output)
+        if layer.training and output.requires_grad and self.hooks_enabled:
+            hook: Any = output.register_hook
+            hook(lambda gradient: backprop(layer, None, (gradient,)))
+        return None
 
     def remove_hooks(self) -> None:
         """Leave the wrapped module without a trace, also after a step that was cut short."""

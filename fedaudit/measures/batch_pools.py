@@ -92,7 +92,8 @@ def gradient_coordinates(
 
             def block(holding: Holding = holding, start: int = start) -> Tensor:
                 x, y = holding.x[start : start + size], holding.y[start : start + size]
-                return clipped_gradients(model, weights, loss, x, y, holding.release.clip_norm)
+                release = holding.release
+                return clipped_gradients(model, weights, loss, x, y, release.clip_norm, release.per_layer)
 
             owned[-1].append(len(blocks))
             blocks.append(_once(block) if keep else block)

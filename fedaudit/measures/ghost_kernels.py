@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedaudit.example_clipping import clip_by_tensor
 from fedaudit.measures.gram_shares import Use, add_outer, add_share, uses_by_parameter
 from fedaudit.measures.watched_calls import (
     Gradients,
@@ -125,6 +126,7 @@ def example_gradients(
     *,
     chunk: int | None = None,
     clip_norm: float | None = None,
+    per_layer: bool = False,
 ) -> Tensor:
     """The per-example gradients of a sum-reduced loss, materialised: (B, P).
 
@@ -138,6 +140,7 @@ def example_gradients(
         y: labels (B, ...).
         chunk: examples per forward and backward pass; None is all.
         clip_norm: a gradient longer than this is scaled down to it; None leaves all as they are.
+        per_layer: whether `clip_norm` is shared among the parameter tensors (`clip_by_tensor`).
 
     Returns:
         (B, P) in the dtype of the parameters.
@@ -155,6 +158,8 @@ def example_gradients(
     rows = torch.cat([torch.cat([part[name].flatten(1) for name in trainable], dim=1) for part in found])
     if clip_norm is None:
         return rows
+    if per_layer:
+        return clip_by_tensor(rows, [found[0][name][0].numel() for name in trainable], clip_norm)
     squared = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
     return rows * _clip_factors(squared, clip_norm).to(rows.dtype)[:, None]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedaudit.example_clipping import clip_by_tensor
 from fedaudit.types import Loss
 
 _OVERSAMPLING = 16  # extra random directions: makes the leading `dims` of the sketch near-exact
@@ -116,6 +117,7 @@ def clipped_gradients(
     x: Tensor,
     y: Tensor,
     clip_norm: float | None,
+    per_layer: bool = False,
 ) -> Tensor:
     """Per-example gradients of a SUM-reduced loss, each scaled to at most `clip_norm`: (n, P).
 
@@ -126,8 +128,12 @@ def clipped_gradients(
         x: examples (n, *input_shape).
         y: labels (n,).
         clip_norm: largest norm; None leaves gradients as they are.
+        per_layer: whether it is shared among the parameter tensors (`clip_by_tensor`).
     """
     gradients = _example_gradients(model, weights, loss, x, y)
+    if clip_norm is not None and per_layer:
+        sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        return clip_by_tensor(gradients, sizes, clip_norm)
     if clip_norm is not None:
         norms = gradients.norm(dim=1, keepdim=True)
         gradients.mul_((clip_norm / norms.clamp_min(1e-30)).clamp_max(1.0))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedaudit.measures.cohort import BLOCK, shared_gram
 from fedaudit.measures.ghost_kernels import clip_gram, example_gram
+from fedaudit.measures.layer_coordinates import clipped_tensor_grams
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Estimate, LocalEvidence, Observer, RoundContext, StepRelease
 
@@ -310,8 +311,11 @@ class ExampleGradientUniqueness:
             raise ValueError(f"{self.name} needs the loss, got a context without: give loss")
         model.load_state_dict(dict(update.before))
         x, y = evidence.x[chosen].to(ctx.device), evidence.y[chosen].to(ctx.device)
-        gram = example_gram(model, ctx.loss, x, y, chunk=self.chunk)
         clip_norm = evidence.release.clip_norm
+        if clip_norm is not None and evidence.release.per_layer:
+            parts = clipped_tensor_grams(model, ctx.loss, x, y, clip_norm, chunk=self.chunk)
+            return torch.stack(list(parts.values())).sum(0)
+        gram = example_gram(model, ctx.loss, x, y, chunk=self.chunk)
         return gram if clip_norm is None else clip_gram(gram, clip_norm)
 
     def _ridge(self, gram: Tensor, release: StepRelease) -> tuple[float, str]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedaudit.measures.ghost_kernels import example_gradients, example_gram
+from fedaudit.example_clipping import tensor_clip_norm
+from fedaudit.measures.ghost_kernels import clip_gram, example_gradients, example_gram
 from fedaudit.measures.layers import layers_of
 from fedaudit.types import Loss
 
@@ -38,11 +39,19 @@ class LayerCoordinates:
 
 
 def layer_coordinates(
-    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, *, clip_norm: float | None = None, chunk: int = 64
+    model: nn.Module,
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    *,
+    clip_norm: float | None = None,
+    per_layer: bool = False,
+    chunk: int = 64,
 ) -> LayerCoordinates:
     """Coordinates of per-example gradients of a SUM-reduced loss, whole and for each layer.
 
-    Clipping scales an example's whole gradient, all layers alike. Directions whose share of the squared norm
+    Clipping scales an example's whole gradient, all layers alike, or, with `per_layer`, each parameter
+    tensor by itself. Directions whose share of the squared norm
     is below what float32 gradients resolve (1e-13 of the largest) are left out.
 
     Args:
@@ -51,6 +60,7 @@ def layer_coordinates(
         x: examples (n, *input_shape).
         y: labels (n,).
         clip_norm: largest norm of an example's whole gradient; None leaves all as they are.
+        per_layer: whether it is shared among the parameter tensors (`tensor_clip_norm`).
         chunk: examples per forward and backward pass.
 
     Raises:
@@ -65,11 +75,14 @@ def layer_coordinates(
         raise ValueError(
             f"a clipping norm is positive, got {clip_norm}: give None to leave gradients unclipped"
         )
-    grams = layer_grams(model, loss, x, y, chunk=chunk)
+    if clip_norm is not None and per_layer:
+        grams = _by_layer(clipped_tensor_grams(model, loss, x, y, clip_norm, chunk=chunk))
+    else:
+        grams = layer_grams(model, loss, x, y, chunk=chunk)
     whole = torch.stack(list(grams.values())).sum(0)
     if not bool(whole.isfinite().all()):
         raise ValueError("gradients must be finite, got NaN or infinity: check the weights and the loss")
-    if clip_norm is not None:
+    if clip_norm is not None and not per_layer:
         factors = (clip_norm / whole.diagonal().clamp(min=0).sqrt()).clamp(max=1)  # C / 0 = inf becomes 1
         scales = factors[:, None] * factors
         whole, grams = whole * scales, {layer: gram * scales for layer, gram in grams.items()}
@@ -117,21 +130,76 @@ def layer_grams(
         ValueError: as `example_gram`.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    layers, sizes = layers_of(names), _sizes(model)
+    return _grams(model, loss, x, y, layers_of(names), chunk, budget)
+
+
+def clipped_tensor_grams(
+    model: nn.Module,
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    clip_norm: float,
+    *,
+    chunk: int | None = 64,
+    budget: int = BUDGET,
+) -> dict[str, Tensor]:
+    """The same (n, n) for each parameter tensor alone, clipped to C / sqrt(L), by parameter name.
+
+    Their sum is the Gram matrix of gradients under per-layer clipping.
+
+    Args:
+        model: at the weights and in the mode to differentiate in; it is left as it was.
+        loss: SUM-reduced loss (outputs, labels) -> scalar.
+        x: examples (n, *input_shape).
+        y: labels (n,).
+        clip_norm: C, over all L tensors together.
+        chunk: examples per forward and backward pass; None is all.
+        budget: numbers in the per-example gradients held at a time.
+
+    Raises:
+        ValueError: as `example_gram`, and if clip_norm is not positive.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    largest = tensor_clip_norm(clip_norm, len(names))
+    grams = _grams(model, loss, x, y, {name: [name] for name in names}, chunk, budget)
+    return {name: clip_gram(gram, largest) for name, gram in grams.items()}
+
+
+def _by_layer(grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors' Gram matrices added up for each layer."""
+    return {
+        layer: torch.stack([grams[name] for name in names]).sum(0)
+        for layer, names in layers_of(grams).items()
+    }
+
+
+def _grams(
+    model: nn.Module,
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    parts: Mapping[str, list[str]],
+    chunk: int | None,
+    budget: int,
+) -> dict[str, Tensor]:
+    """Inner products (n, n) for each part, a set of parameters, by the part's name."""
+    owner = {name: part for part, names in parts.items() for name in names}
+    numbers = {name: p.numel() for name, p in model.named_parameters() if name in owner}
+    sizes = {part: sum(numbers[name] for name in names) for part, names in parts.items()}
     grams: dict[str, Tensor] = {}
-    for group in _groups({layer: len(x) * size for layer, size in sizes.items()}, budget):
+    for group in _groups({part: len(x) * size for part, size in sizes.items()}, budget):
         if len(x) * sizes[group[0]] > budget:
-            grams[group[0]] = example_gram(model, loss, x, y, parameters=layers[group[0]], chunk=chunk)
+            grams[group[0]] = example_gram(model, loss, x, y, parameters=parts[group[0]], chunk=chunk)
             continue
-        with _only(model, [name for layer in group for name in layers[layer]]) as order:
+        with _only(model, [name for part in group for name in parts[part]]) as order:
             rows = example_gradients(model, loss, x, y, chunk=chunk)
         start = 0
         for name, size in order:
-            layer = name.rpartition(".")[0] or "model"
+            layer = owner[name]
             gram = _outer(rows[:, start : start + size])
             grams[layer] = grams[layer] + gram if layer in grams else gram
             start += size
-    return {layer: grams[layer] for layer in layers}
+    return {part: grams[part] for part in parts}
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:

@@ -99,7 +99,10 @@ def _step(
     else:
         rows = max(1, _BLOCK // sum(shape.numel() for shape in shapes.values()))
         blocks = zip(torch.split(x, rows), torch.split(y, rows), strict=True)
-        sums = [clipped_gradients(model, weights, loss, a, b, release.clip_norm).sum(0) for a, b in blocks]
+        sums = [
+            clipped_gradients(model, weights, loss, a, b, release.clip_norm, release.per_layer).sum(0)
+            for a, b in blocks
+        ]
         pieces = torch.split(torch.stack(sums).sum(0), [shape.numel() for shape in shapes.values()])
         found = {n: piece.view(shape) for (n, shape), piece in zip(shapes.items(), pieces, strict=True)}
         divisor = training.batch_size

@@ -237,7 +237,13 @@ class SubspaceDistance:
             ]
         model, loss = broadcast_model(ctx, used.weights)
         found = layer_coordinates(
-            model, loss, used.x, used.y, clip_norm=used.release.clip_norm, chunk=self.chunk
+            model,
+            loss,
+            used.x,
+            used.y,
+            clip_norm=used.release.clip_norm,
+            per_layer=used.release.per_layer,
+            chunk=self.chunk,
         )
 
         def compared(rows: Tensor, dimensions: int, where: str) -> SubspaceComparison:

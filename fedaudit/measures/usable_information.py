@@ -255,8 +255,16 @@ class UsableInformation:
         if self.target == "input" and not pixels.shape[1]:
             return [Skip(f"{self.name} needs inputs that vary, got {len(parts[0])} equal ones to train on")]
         model, loss = broadcast_model(ctx, used.weights)
-        clip_norm, noise_std = used.release.clip_norm, used.release.noise_std
-        found = layer_coordinates(model, loss, used.x, used.y, clip_norm=clip_norm, chunk=self.chunk)
+        release, noise_std = used.release, used.release.noise_std
+        found = layer_coordinates(
+            model,
+            loss,
+            used.x,
+            used.y,
+            clip_norm=release.clip_norm,
+            per_layer=release.per_layer,
+            chunk=self.chunk,
+        )
 
         def measured(rows: Tensor, dimensions: int, where: str) -> Usable:
             generator = generator_for(ctx, self.name, where, used.key)

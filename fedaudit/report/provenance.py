@@ -78,6 +78,12 @@ def notices(runs: Runs) -> list[str]:
             planned = configuration_of(run).get("federation.rounds")
             of = f" of {planned}" if planned else ""
             found.append(f"{run.name} did not end: it holds records up to round {last_round(run)}{of}.")
+        if configuration_of(run).get("data.validation-fraction"):
+            found.append(f"{run.name} was evaluated on validation examples, not on the test set.")
+        if run.info.get("run", {}).get("repeatable") is False:
+            found.append(
+                f"{run.name} cannot be repeated: its noise came from the operating system, not a seed."
+            )
     active = [name for name in _distinct(kept, "model.name") if name.partition("(")[0] in ACTIVE_MODELS]
     if active:
         found.append(

@@ -1,5 +1,8 @@
 """The comparison table for a terminal and for Markdown."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pandas as pd
 from rich import box
 from rich.markup import escape
@@ -83,3 +86,28 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 def _cell(value: object) -> str:
     return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def trials_table(trials: Sequence[Mapping[str, Any]], best: str) -> Table:
+    """The trials of a search as a rich table, in their order; the best one is marked.
+
+    Args:
+        trials: rows of `fedaudit.tuning.Trial.row`, at least one.
+        best: the best trial's defense.
+    """
+    table = Table(title=f"Search over {len(trials)} settings", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = "left"
+    names = [name for name in ("lr", "clip", "batch-size") if name in trials[0]]
+    for name in (*names, "Acc.\nvalidation", "per seed", "ε of worst\nclient", "Time\n[s]"):
+        table.add_column(name, justify="right", overflow="fold")
+    for trial in trials:
+        cells = [f"{trial[name]:g}" for name in names]
+        epsilon = "none" if trial["epsilon"] is None else f"{trial['epsilon']:.3g}"
+        if trial["reason"]:
+            cells += ["failed", str(trial["reason"]), "", f"{trial['seconds']:.1f}"]
+        else:
+            cells += [f"{trial['validation-accuracy']:.4f}", trial["per-seed"], epsilon]
+            cells.append(f"{trial['seconds']:.1f}")
+        style = "bold" if trial["defense"] == best and not trial["reason"] else None
+        table.add_row(*map(escape, cells), style=style)
+    return table

@@ -15,7 +15,7 @@ from fedaudit.defenses.chain import Chain, central, claims_left
 from fedaudit.registry import DEFENSES
 from fedaudit.round_release import plan, release_behind
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, steps_per_round, under_defense
+from fedaudit.training import TrainSettings, settings_in_round, steps_per_round
 from fedaudit.types import ClientUpdate, StepRelease
 from fedaudit.verification.central_rounds import CentralRounds
 from fedaudit.verification.derive import Claiming, step_claims, strategy_claims
@@ -80,19 +80,9 @@ class ConfiguredClaims:
 
     def settings(self, round_number: int) -> TrainSettings:
         """Local training in a round, as configuration and defense have it."""
-        train, strategy = self.config.train, parse_spec(self.config.strategy.name)
-        mu = strategy.options.get("proximal-mu", 0.0)
-        configured = TrainSettings(
-            optimizer=train.optimizer,
-            lr=train.lr * train.lr_decay ** (round_number - 1),
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-            batch_size=train.batch_size,
-            local_epochs=train.local_epochs,
-            local_steps=train.local_steps,
-            proximal_mu=float(mu) if isinstance(mu, (int, float)) else 0.0,
-        )
-        return under_defense(configured, self.defense)
+        mu = parse_spec(self.config.strategy.name).options.get("proximal-mu", 0.0)
+        proximal_mu = float(mu) if isinstance(mu, (int, float)) else 0.0
+        return settings_in_round(self.config.train, self.defense, round_number, proximal_mu)
 
     def release(self, num_examples: int) -> StepRelease:
         """What one local step makes visible, as planned."""

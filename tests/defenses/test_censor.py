@@ -11,7 +11,7 @@ from fedaudit.accounting import Ledger
 from fedaudit.app import check, execute, setup
 from fedaudit.attacks.threat_card import threat_card
 from fedaudit.config import RunConfig
-from fedaudit.defenses.base import RemovesExamples, removing
+from fedaudit.defenses.base import RemovesExamples, removing, training_under
 from fedaudit.defenses.censor import Censor
 from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.larger_batch import LargerBatch
@@ -23,7 +23,7 @@ from fedaudit.progress import listen
 from fedaudit.records import load_run
 from fedaudit.registry import DEFENSES, changes_update
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, steps_per_round, under_defense
+from fedaudit.training import TrainSettings, steps_per_round
 from fedaudit.verification.recorded import RecordedRun, verify_run
 
 SMALL = {
@@ -96,10 +96,10 @@ def test_the_share_to_remove_is_rounded_up_and_spread_over_passes(fraction, onio
 
 def test_a_larger_batch_changes_batches_and_on_request_the_learning_rate():
     settings = TrainSettings(batch_size=8, lr=0.25, local_epochs=3)
-    larger = under_defense(settings, LargerBatch(4))
+    larger = LargerBatch(4).settings(settings)
     assert (larger.batch_size, larger.lr, larger.local_epochs) == (32, 0.25, 3)
-    assert under_defense(settings, LargerBatch(4, scale_lr=True)).lr == 1.0
-    assert under_defense(settings, LargerBatch(1)) == settings == under_defense(settings, NoDefense())
+    assert LargerBatch(4, scale_lr=True).settings(settings).lr == 1.0
+    assert LargerBatch(1).settings(settings) == settings == training_under(NoDefense(), settings)
     assert steps_per_round(20, larger) == 3  # all of a client's examples at once
 
 

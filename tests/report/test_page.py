@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def test_a_defense_of_the_finished_update_is_announced(tmp_path: Path):
     words = "changes the finished update"
     assert any(words in notice for notice in notices([plain, chained]))
     assert not any(words in notice for notice in notices([plain, accuracy_run(tmp_path, DP, 0, 0.8)]))
+
+
+def test_runs_that_cannot_be_repeated_or_were_scored_on_validation_examples_are_announced(tmp_path: Path):
+    honest, other = accuracy_run(tmp_path, "none", 0, 0.9), accuracy_run(tmp_path, DP, 0, 0.8)
+    assert not any("repeated" in notice or "validation" in notice for notice in notices([honest, other]))
+    secure = replace(other, info={**other.info, "run": {**other.info["run"], "repeatable": False}})
+    tried = replace(other, info={**other.info, "config": {"data.validation-fraction": 0.2}})
+    words = f"{other.name} cannot be repeated: its noise came from the operating system, not a seed."
+    assert words in notices([honest, secure])
+    words = f"{other.name} was evaluated on validation examples, not on the test set."
+    assert words in notices([honest, tried])
 
 
 def test_layers_have_a_map_of_their_own_and_no_place_among_the_whole(tmp_path: Path):
