@@ -4,9 +4,14 @@ A factory takes ``(input_shape, num_classes, **options)``; its options are what 
 e.g. ``"mlp(hidden=64-32, activation=tanh)"``. No model uses batch statistics, dropout or an in-place
 operation: one example's output then depends on that example alone, which per-example gradients,
 DP-SGD and gradient inversion all assume.
+
+Layers are named by kind and number in the order of the forward pass: conv1, norm1, act1, pool1, fc1. These
+names stand in records and reports, and in options such as ``withhold(layers=fc1)``. ResNet-18 has
+torchvision's names.
 """
 
 import threading
+from collections import Counter, OrderedDict
 from itertools import pairwise
 from typing import Literal
 
@@ -23,6 +28,17 @@ _ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "relu": nn.ReLU,
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
+}
+_KINDS: dict[type[nn.Module], str] = {
+    nn.Conv2d: "conv",
+    nn.Linear: "fc",
+    nn.GroupNorm: "norm",
+    nn.AvgPool2d: "pool",
+    nn.AdaptiveAvgPool2d: "pool",
+    nn.MaxPool2d: "pool",
+    nn.AdaptiveMaxPool2d: "pool",
+    nn.Flatten: "flatten",
+    **dict.fromkeys(_ACTIVATIONS.values(), "act"),
 }
 _SEEDING = threading.Lock()
 
@@ -61,7 +77,7 @@ def build_model(spec_text: str, input_shape: Shape, num_classes: int, seed: int)
 
 def logistic(input_shape: Shape, num_classes: int) -> nn.Module:
     """Multinomial logistic regression: one linear layer on the flattened input, D*C + C parameters."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(_size(input_shape), num_classes))
+    return _named(nn.Flatten(), nn.Linear(_size(input_shape), num_classes))
 
 
 def mlp(
@@ -87,7 +103,7 @@ def mlp(
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), _ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
+    return _named(*layers, nn.Linear(widths[-1], num_classes))
 
 
 def lenet(input_shape: Shape, num_classes: int) -> nn.Module:
@@ -104,7 +120,7 @@ def lenet(input_shape: Shape, num_classes: int) -> nn.Module:
     """
     channels, height, width = _image("lenet", input_shape, smallest=8)
     features = 12 * _halved(height, 2) * _halved(width, 2)
-    model = nn.Sequential(
+    model = _named(
         nn.Conv2d(channels, 12, kernel_size=5, stride=2, padding=2),
         nn.Sigmoid(),
         nn.Conv2d(12, 12, kernel_size=5, stride=2, padding=2),
@@ -141,9 +157,7 @@ def cnn(input_shape: Shape, num_classes: int, width: int = 16, activation: Activ
             _ACTIVATIONS[activation](),
         ]
         channels = outputs
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, num_classes)
-    )
+    return _named(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, num_classes))
 
 
 def convnet(
@@ -181,7 +195,7 @@ def convnet(
             layers.append(nn.MaxPool2d(3))
         channels = outputs
     features = channels * (height // 9) * (width_in // 9)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes))
+    return _named(*layers, nn.Flatten(), nn.Linear(features, num_classes))
 
 
 def alexnet(input_shape: Shape, num_classes: int, hidden: int = 1024) -> nn.Module:
@@ -198,7 +212,7 @@ def alexnet(input_shape: Shape, num_classes: int, hidden: int = 1024) -> nn.Modu
     channels, _, _ = _image("alexnet", input_shape, smallest=16)
     if hidden < 1:
         raise ValueError(f"hidden must be a positive width, got {hidden}: use e.g. 1024")
-    return nn.Sequential(
+    return _named(
         nn.Conv2d(channels, 64, kernel_size=3, stride=2, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
@@ -233,6 +247,17 @@ def resnet18(input_shape: Shape, num_classes: int) -> nn.Module:
 
     channels, height, width = _image("resnet18", input_shape, smallest=8)
     return group_norm_resnet18(channels, max(height, width), num_classes)
+
+
+def _named(*layers: nn.Module) -> nn.Sequential:
+    """The layers one after the other, each named by its kind and its number among those of its kind."""
+    numbers: Counter[str] = Counter()
+    names = []
+    for layer in layers:
+        kind = _KINDS[type(layer)]
+        numbers[kind] += 1
+        names.append(f"{kind}{numbers[kind]}")
+    return nn.Sequential(OrderedDict(zip(names, layers, strict=True)))
 
 
 def _size(shape: Shape) -> int:
