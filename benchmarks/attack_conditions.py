@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.measurement import keep
 from benchmarks.picture import write_figure
-from fedaudit.app import Setup, setup
 from fedaudit.attacks.scores import score
 from fedaudit.config import RunConfig
+from fedaudit.federation.setup import Setup, setup
 from fedaudit.registry import ATTACKS, DEFENSES
 from fedaudit.report.style import OKABE_ITO, SYMBOLS, new_figure, style_figure
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, train_locally
+from fedaudit.training.local import TrainSettings, train_locally
 from fedaudit.types import ClientUpdate, StepRelease
 
 TRAINED_STEPS = (0, 50, 200, 800)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.measurement import keep, spread
 from fedaudit.attacks.scores import score
 from fedaudit.data.embedded import patches
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 from fedaudit.registry import ATTACKS
 from fedaudit.spec import parse_spec
 from fedaudit.types import ClientUpdate, RoundContext

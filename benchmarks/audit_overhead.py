@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.measurement import compare, keep, time_rounds
 from benchmarks.workload import federation
-from fedaudit.app import setup
-from fedaudit.auditor import ALWAYS_ON
+from fedaudit.audit.auditor import ALWAYS_ON
+from fedaudit.federation.setup import setup
 
 CLIENTS, EXAMPLES = 100, 32
 CASES = (("cnn", 10), ("cnn", 50), ("mlp(hidden=784-448)", 10))

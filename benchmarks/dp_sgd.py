@@ -34,8 +34,8 @@ from fedaudit.defenses.adaptive_noise import LeakageAdaptive
 from fedaudit.defenses.base import Defense, RunPlan, adaptive
 from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.none import NoDefense
-from fedaudit.models import build_model
-from fedaudit.training import TrainSettings, client_seed, plan_batches, steps_per_round, train_locally
+from fedaudit.models.build import build_model
+from fedaudit.training.local import TrainSettings, client_seed, plan_batches, steps_per_round, train_locally
 
 BATCH, EPSILON, ROUNDS = 8, 8.0, 20
 SETTINGS = TrainSettings(lr=0.05, batch_size=BATCH)

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.measurement import keep
 from benchmarks.uniqueness_cases import MODELS, WAYS, memory, times
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 
 BATCHES = (32, 128)
 LARGE = {("resnet18", 128): "takes more than 60 s and, formed, more than 8 GB: give --large"}

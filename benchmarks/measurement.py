@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fedaudit.app import execute
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
 from fedaudit.progress import Event, listen
 
 RESULTS = Path(__file__).parent / "results"

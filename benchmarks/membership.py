@@ -27,17 +27,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.measurement import keep
-from fedaudit.app import Setup, execute, setup
 from fedaudit.attacks.gaussian_envelope import gaussian_auc
 from fedaudit.attacks.membership import average_over_rounds
 from fedaudit.attacks.roc import Rate, auc, split_in_half, true_positives_at
-from fedaudit.candidate_scores import SCORES, Score, candidate_scores
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
+from fedaudit.federation.setup import Setup, setup
+from fedaudit.inference.candidate_scores import SCORES, Score, candidate_scores
+from fedaudit.inference.shadow_updates import infer_attribute, shadow_updates
 from fedaudit.kept_files import load_update, update_file
 from fedaudit.measures.attributes import latent_attribute
 from fedaudit.records import Run
-from fedaudit.shadow_updates import infer_attribute, shadow_updates
-from fedaudit.training import steps_per_round
+from fedaudit.training.local import steps_per_round
 from fedaudit.types import ClientUpdate, RoundContext
 
 DEFENSES = ("none", "dp-sgd(epsilon=8)", "dp-sgd(epsilon=1)")

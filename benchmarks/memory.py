@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.measurement import keep, peak_memory
 from benchmarks.workload import federation
-from fedaudit.app import execute
+from fedaudit.federation.execution import execute
 from fedaudit.progress import Event, listen
 
 

@@ -36,8 +36,10 @@ import torch
 
 from benchmarks.measurement import keep
 from benchmarks.privacy_tokens_figure import draw
-from fedaudit.app import Setup, execute, run_folder, setup, summed_cross_entropy
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
+from fedaudit.federation.folders import run_folder
+from fedaudit.federation.setup import Setup, setup, summed_cross_entropy
 from fedaudit.measures.batch_pools import split_examples
 from fedaudit.measures.local_release import LocalTraining
 from fedaudit.measures.mi_bounds import infonce, permutation_p_value

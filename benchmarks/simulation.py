@@ -36,8 +36,10 @@ from benchmarks.measurement import (
 )
 from benchmarks.plain_loop import federated_averaging, shuffled
 from benchmarks.workload import federation
-from fedaudit.app import Setup, execute, run_folder, setup
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
+from fedaudit.federation.folders import run_folder
+from fedaudit.federation.setup import Setup, setup
 from fedaudit.records import load_run
 
 CLIENTS, EXAMPLES, COHORT = 100, 32, 10

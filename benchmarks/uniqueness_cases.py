@@ -15,7 +15,7 @@ from benchmarks.measurement import peak_memory, spread
 from fedaudit.measures.ghost_kernels import example_gram
 from fedaudit.measures.gradient_uniqueness import gradient_uniqueness, relative_ridge
 from fedaudit.measures.in_run import InRunGram
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 from fedaudit.opacus_parts import GradSampleModule
 
 MODELS = {

@@ -8,13 +8,13 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedaudit.accounting import Ledger
-from fedaudit.app import Setup, setup
 from fedaudit.defenses.chain import central
 from fedaudit.errors import BudgetExhaustedError, ConfigError
+from fedaudit.federation.setup import Setup, setup
 from fedaudit.flower.arrays import copy_into, from_state_dict, to_state_dict
 from fedaudit.flower.messages import LEAKAGE, MEASURE_PREFIX, decline, encode_finding, reply
-from fedaudit.round_release import stated_release
-from fedaudit.training import client_seed, evaluate, steps_per_round, train_locally, weights_to_send
+from fedaudit.training.local import client_seed, evaluate, steps_per_round, train_locally, weights_to_send
+from fedaudit.training.round_release import stated_release
 
 from .self_audit import self_audit
 

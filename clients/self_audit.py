@@ -7,10 +7,10 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from fedaudit.app import Setup
-from fedaudit.audit_rows import Finding
-from fedaudit.auditor import Auditor, is_due, run_measure
-from fedaudit.censorship import findings
+from fedaudit.audit.auditor import Auditor, is_due, run_measure
+from fedaudit.audit.rows import Finding
+from fedaudit.federation.setup import Setup
+from fedaudit.training.censorship import findings
 from fedaudit.types import ClientUpdate, Guarantee, Measure
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Auditor": "fedaudit.auditor",
+    "Auditor": "fedaudit.audit.auditor",
     "AuditRecord": "fedaudit.records",
     "ClientUpdate": "fedaudit.types",
     "Estimate": "fedaudit.types",
@@ -25,7 +25,7 @@ _LAZY = {
 __all__ = [*sorted(_LAZY), "__version__"]
 
 if TYPE_CHECKING:
-    from fedaudit.auditor import Auditor
+    from fedaudit.audit.auditor import Auditor
     from fedaudit.config import RunConfig
     from fedaudit.errors import FedauditError
     from fedaudit.records import AuditRecord, Run, load_run

@@ -154,16 +154,19 @@ PARTITIONERS = Registry(
 MODELS = Registry(
     "model",
     {
-        "logistic": ("multinomial logistic regression", "fedaudit.models:logistic"),
-        "mlp": ("fully connected network with one hidden layer or more", "fedaudit.models:mlp"),
-        "lenet": ("the sigmoid LeNet of Deep Leakage from Gradients", "fedaudit.models:lenet"),
-        "cnn": ("small convolutional network with GroupNorm", "fedaudit.models:cnn"),
-        "convnet": ("the 2.9M ConvNet of inversion papers, without normalisation", "fedaudit.models:convnet"),
-        "alexnet": ("AlexNet-like network for 32x32 images", "fedaudit.models:alexnet"),
-        "resnet18": ("torchvision ResNet-18 with GroupNorm", "fedaudit.models:resnet18"),
+        "logistic": ("multinomial logistic regression", "fedaudit.models.networks:logistic"),
+        "mlp": ("fully connected network with one hidden layer or more", "fedaudit.models.networks:mlp"),
+        "lenet": ("the sigmoid LeNet of Deep Leakage from Gradients", "fedaudit.models.networks:lenet"),
+        "cnn": ("small convolutional network with GroupNorm", "fedaudit.models.networks:cnn"),
+        "convnet": (
+            "the 2.9M ConvNet of inversion papers, without normalisation",
+            "fedaudit.models.networks:convnet",
+        ),
+        "alexnet": ("AlexNet-like network for 32x32 images", "fedaudit.models.networks:alexnet"),
+        "resnet18": ("torchvision ResNet-18 with GroupNorm", "fedaudit.models.networks:resnet18"),
         "imprinted": (
             "ACTIVE: a model that a dishonest server imprinted, for the attack imprint",
-            "fedaudit.imprinted_model:imprinted",
+            "fedaudit.attacks.imprinted_model:imprinted",
         ),
     },
 )
@@ -218,7 +221,7 @@ MEASURES = Registry(
         ),
         "membership-inference": (
             "how well a server tells a client's examples from others by its update",
-            "fedaudit.membership_inference:MembershipInference",
+            "fedaudit.inference.membership:MembershipInference",
         ),
     },
 )

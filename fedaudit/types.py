@@ -15,6 +15,8 @@ Observer = Literal["server", "client", "oracle"]
 Kind = Literal["exact", "estimate", "lower", "upper"]
 STATED = ("clip-norm", "noise-std", "sample-rate")
 """Names of the scalars by which a client states its release, where that differs between rounds."""
+NOISE_MULTIPLIER = "noise-multiplier"
+"""Quantity of a client's noise over its clip norm, where a defense changes it between rounds."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -6,11 +6,11 @@ from functools import partial
 
 from flwr.serverapp.strategy import Strategy
 
-from fedaudit.app import Setup
-from fedaudit.auditor import Auditor
+from fedaudit.audit.auditor import Auditor
 from fedaudit.defenses.base import CentralDefense
 from fedaudit.defenses.central_dp import ADVERSARY, CentralPlan
 from fedaudit.defenses.chain import central
+from fedaudit.federation.setup import Setup
 from fedaudit.flower.central_dp import CentralDP, CentralRound
 from fedaudit.records import AuditRecord
 from fedaudit.verification.configured import ConfiguredClaims

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedaudit.training import client_seed
+from fedaudit.training.local import client_seed
 
 SAMPLING, NOISE = -1, -2  # stand where a client's number would: no client has these
 

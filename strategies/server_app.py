@@ -9,23 +9,25 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedaudit.app import Setup, describe, run_folder, setup
-from fedaudit.auditor import Auditor
-from fedaudit.config import ints
+from fedaudit.audit.auditor import Auditor
+from fedaudit.audit.leakage_signal import LeakageSignal
+from fedaudit.config.texts import ints
 from fedaudit.defenses.base import adaptive
 from fedaudit.errors import ConfigError, RunFailedError
+from fedaudit.federation.folders import run_folder
+from fedaudit.federation.insight import insight
+from fedaudit.federation.run_description import describe
+from fedaudit.federation.setup import Setup, setup
 from fedaudit.flower.arrays import copy_into, from_state_dict, numpy_arrays
 from fedaudit.flower.messages import LEAKAGE
 from fedaudit.flower.strategy import AuditStrategy
-from fedaudit.insight import insight
-from fedaudit.leakage_signal import LeakageSignal
 from fedaudit.progress import announce
 from fedaudit.records import load_run
 from fedaudit.registry import ACTIVE_MODELS
 from fedaudit.simulation.flower_internals import ErrorCode
 from fedaudit.simulation.in_process import InProcessGrid
 from fedaudit.spec import parse_spec
-from fedaudit.training import evaluate
+from fedaudit.training.local import evaluate
 from fedaudit.verification import LiveVerifier
 from fedaudit.verification.configured import ConfiguredClaims
 

@@ -188,7 +188,7 @@ def test_nonsensical_arguments_are_refused(call, message):
 
 def test_opacus_is_imported_late_and_leaves_the_root_logger_alone():
     code = (
-        "import logging, sys, fedaudit.accounting, fedaudit.training, fedaudit.defenses.dp_sgd\n"
+        "import logging, sys, fedaudit.accounting, fedaudit.training.local, fedaudit.defenses.dp_sgd\n"
         "assert 'opacus' not in sys.modules, 'imported early'\n"
         "import fedaudit.opacus_parts\n"
         "assert not logging.root.handlers, logging.root.handlers\n"

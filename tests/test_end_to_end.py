@@ -5,9 +5,10 @@ import json
 import pandas as pd
 import pytest
 
-from fedaudit.app import execute, run_folder
 from fedaudit.config import RunConfig
 from fedaudit.errors import RunFailedError
+from fedaudit.federation.execution import execute
+from fedaudit.federation.folders import run_folder
 from fedaudit.progress import listen
 from fedaudit.records import load_run
 

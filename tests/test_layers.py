@@ -7,15 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = """\
-errors types needs spec vary registry config records progress attack_trigger vision opacus_parts resnet \
-__version__ gaussian_mechanism example_clipping
-accounting rank_correlation linear_probes claims leakage_signal
+errors types needs spec registry records progress vision opacus_parts __version__
+maths accounting claims config
 measures attacks canaries defenses data models
-auditor audit_rows report training kept_files verification round_release \
-candidate_scores membership_inference shadow_updates secure_sum censorship attack_scores imprinted_model
+training report kept_files
+inference verification
+audit
 flower simulation
-app calibration tuning offline_attacks offline_membership offline_attribute insight \
-cli cli_runs cli_inference watch __main__ __init__
+federation
+studies offline
+cli __main__ __init__
 strategies clients"""
 LEVEL = {part: level for level, parts in enumerate(LAYERS.splitlines()) for part in parts.split()}
 APART = {LEVEL["measures"], LEVEL["strategies"]}  # layers whose parts never import each other

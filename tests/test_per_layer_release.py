@@ -8,18 +8,18 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedaudit.candidate_scores import align, candidate_scores
 from fedaudit.defenses.dp_sgd import DPSGD
-from fedaudit.example_clipping import clip_by_tensor, tensor_clip_norm
-from fedaudit.insight import insight
+from fedaudit.federation.insight import insight
+from fedaudit.inference.candidate_scores import align, candidate_scores
+from fedaudit.inference.membership import MembershipInference
+from fedaudit.inference.shadow_updates import _release_for
+from fedaudit.maths.example_clipping import clip_by_tensor, tensor_clip_norm
 from fedaudit.measures.ghost_kernels import example_gradients
 from fedaudit.measures.gradient_coordinates import clipped_gradients
 from fedaudit.measures.gradient_uniqueness import ExampleGradientUniqueness, gradient_uniqueness
 from fedaudit.measures.layer_coordinates import clipped_tensor_grams, layer_coordinates
 from fedaudit.measures.local_release import LocalTraining, mean_gradient
-from fedaudit.membership_inference import MembershipInference
-from fedaudit.shadow_updates import _release_for
-from fedaudit.training import TrainSettings, train_locally
+from fedaudit.training.local import TrainSettings, train_locally
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease
 from fedaudit.verification.derive import step_claims
 
@@ -151,8 +151,8 @@ def test_a_shadows_release_clips_as_the_clients_does():
 
 
 def test_an_oracle_rebuilds_the_noise_free_step_of_a_per_layer_run():
-    from fedaudit.app import setup
     from fedaudit.config import RunConfig
+    from fedaudit.federation.setup import setup
 
     config = RunConfig.from_flat(
         {

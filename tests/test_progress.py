@@ -10,12 +10,12 @@ from fedaudit import progress
 from fedaudit.attacks.dlg import DLG
 from fedaudit.attacks.inverting_gradients import InvertingGradients
 from fedaudit.attacks.spear import Spear
-from fedaudit.auditor import Auditor
-from fedaudit.models import build_model
+from fedaudit.audit.auditor import Auditor
+from fedaudit.cli.watch import Watch
+from fedaudit.models.build import build_model
 from fedaudit.needs import Needs
 from fedaudit.progress import attacking, heartbeat, listen
 from fedaudit.types import Reconstruction, RoundContext
-from fedaudit.watch import Watch
 from tests.attacks.planted import context, examples, trained
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedaudit.attacks.roc import auc
-from fedaudit.linear_probes import fit_logistic
+from fedaudit.maths.linear_probes import fit_logistic
 
 Update = Mapping[str, Tensor]
 Shadows = tuple[Sequence[Update], Tensor]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedaudit.config import DataConfig
+from fedaudit.config.sections import DataConfig
 from fedaudit.errors import DataError
 from fedaudit.registry import DATASETS
 from fedaudit.spec import parse_spec

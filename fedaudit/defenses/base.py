@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedaudit.defenses.central_dp import CentralPlan
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
-"""Settings of local training: `fedaudit.training.TrainSettings`, which lies above this module."""
+"""Settings of local training: `fedaudit.training.local.TrainSettings`, which lies above this module."""
 
 
 @runtime_checkable
@@ -201,8 +201,8 @@ class CentralDefense(Defense, Protocol):
 class RemovesExamples(Protocol):
     """A defense that leaves out the most unique of a client's examples.
 
-    It says how many; `fedaudit.censorship` audits and chooses. How many are left follows from the number of
-    examples alone, so that steps, accounting and weights do not depend on who is left.
+    It says how many; `fedaudit.training.censorship` audits and chooses. How many are left follows from the
+    number of examples alone, so that steps, accounting and weights do not depend on who is left.
 
     Attributes:
         name: the registered name.

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from fedaudit.defenses.ghost_clipping import GhostModule, Rows, Share
 from fedaudit.defenses.secure_noise import secure_gaussian
-from fedaudit.example_clipping import tensor_clip_norm
+from fedaudit.maths.example_clipping import tensor_clip_norm
 from fedaudit.opacus_parts import DPOptimizer
 
 _TINY = 1e-6  # as in Opacus: a clipped gradient is a hair shorter than C, and zero needs no special case

@@ -34,7 +34,7 @@ class DPSGD:
     With `clipping="per-layer"` each of the L trainable parameter tensors is clipped by itself, at
     C_l = C / sqrt(L) (Opacus' `per_layer`). An example still moves the sum by at most
     sqrt(sum_l C_l^2) = C, so sigma C on every coordinate gives the same epsilon. What changes is the
-    bias: long layers are cut more, short ones less (`fedaudit.example_clipping`).
+    bias: long layers are cut more, short ones less (`fedaudit.maths.example_clipping`).
 
     `grad_sample` says how the clipped sum is computed, not what it is: "hooks" is Opacus' way, with
     the gradients of every example held; "ghost" reads norms and sum off one backward pass

@@ -12,7 +12,7 @@ from fedaudit.accounting import Ledger, epsilon, noise_multiplier_for
 from fedaudit.claims import Claim, ClipNorm, GaussianNoise, IndependentNoise, NothingBeside
 from fedaudit.defenses.plain_steps import PlainSteps
 from fedaudit.errors import BudgetExhaustedError
-from fedaudit.gaussian_mechanism import gaussian_epsilon, gaussian_noise_multiplier
+from fedaudit.maths.gaussian_mechanism import gaussian_epsilon, gaussian_noise_multiplier
 from fedaudit.types import Guarantee, StepRelease
 
 Composition = Literal["analytic", "rdp", "prv", "pld"]

@@ -34,7 +34,7 @@ class LargerBatch(PlainSteps):
     Raises:
         ValueError: for a factor below 1.
 
-    >>> from fedaudit.training import TrainSettings
+    >>> from fedaudit.training.local import TrainSettings
     >>> larger = LargerBatch(4, scale_lr=True).settings(TrainSettings(batch_size=16, lr=0.1))
     >>> larger.batch_size, larger.lr
     (64, 0.4)

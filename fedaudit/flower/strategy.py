@@ -22,8 +22,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedaudit.audit_rows import ClientFinding, Rejection
-from fedaudit.auditor import Auditor
+from fedaudit.audit.auditor import Auditor
+from fedaudit.audit.rows import ClientFinding, Rejection
+from fedaudit.audit.secure_sum import SecureSum
 from fedaudit.defenses.secure_aggregation import TooFewClientsError
 from fedaudit.errors import BadUpdateError, ConfigError
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
@@ -35,7 +36,6 @@ from fedaudit.flower.messages import (
     metric_keys,
     read_reply,
 )
-from fedaudit.secure_sum import SecureSum
 from fedaudit.types import ClientUpdate, Guarantee
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedaudit.example_clipping import clip_by_tensor
+from fedaudit.maths.example_clipping import clip_by_tensor
 from fedaudit.measures.gram_shares import Use, add_outer, add_share, uses_by_parameter
 from fedaudit.measures.watched_calls import (
     Gradients,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedaudit.example_clipping import clip_by_tensor
+from fedaudit.maths.example_clipping import clip_by_tensor
 from fedaudit.types import Loss
 
 _OVERSAMPLING = 16  # extra random directions: makes the leading `dims` of the sketch near-exact

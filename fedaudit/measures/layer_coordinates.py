@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedaudit.example_clipping import tensor_clip_norm
+from fedaudit.maths.example_clipping import tensor_clip_norm
 from fedaudit.measures.ghost_kernels import clip_gram, example_gradients, example_gram
 from fedaudit.measures.layers import layers_of
 from fedaudit.types import Loss

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from fedaudit.config.vary import label
 from fedaudit.report.quantities import describe, with_unit
-from fedaudit.vary import label
 
 NOTHING = "–"
 

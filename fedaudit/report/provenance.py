@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedaudit.config import flatten
+from fedaudit.config.overrides import flatten
+from fedaudit.config.vary import written
 from fedaudit.records import Run
 from fedaudit.registry import ACTIVE_MODELS, AT_SERVER, changes_update, parts_of, shows_sums_only
 from fedaudit.report.display import listing
@@ -14,7 +15,6 @@ from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.quantities import PRIVACY
 from fedaudit.report.seeds import defense_of, defenses_in, last_round, seed_of
 from fedaudit.report.variations import configuration_of, varied_keys
-from fedaudit.vary import written
 
 EXPECTED_TO_DIFFER = (
     "seed",

@@ -92,7 +92,7 @@ def trials_table(trials: Sequence[Mapping[str, Any]], best: str) -> Table:
     """The trials of a search as a rich table, in their order; the best one is marked.
 
     Args:
-        trials: rows of `fedaudit.tuning.Trial.row`, at least one.
+        trials: rows of `fedaudit.studies.tuning.Trial.row`, at least one.
         best: the best trial's defense.
     """
     table = Table(title=f"Search over {len(trials)} settings", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

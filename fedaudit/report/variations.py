@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedaudit.config import flatten
+from fedaudit.config.overrides import flatten
+from fedaudit.config.vary import label, split_vary, written
 from fedaudit.records import Run
 from fedaudit.spec import parse_spec
-from fedaudit.vary import label, split_vary, written
 
 
 def configuration_of(run: Run) -> Mapping[str, Any]:

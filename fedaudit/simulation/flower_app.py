@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fedaudit
-from fedaudit.config import RunConfig, Scalar
+from fedaudit.config import RunConfig
 from fedaudit.errors import ConfigError
+from fedaudit.spec import Scalar
 
 _PYPROJECT = """\
 [project]

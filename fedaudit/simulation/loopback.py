@@ -23,7 +23,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedaudit.config import RunConfig, load_config, parse_override
+from fedaudit.config import RunConfig, load_config
+from fedaudit.config.overrides import parse_override
 from fedaudit.errors import ConfigError, FedauditError, RunFailedError
 from fedaudit.progress import announce
 from fedaudit.records import Run, load_run, write_json

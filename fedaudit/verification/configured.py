@@ -13,9 +13,9 @@ from fedaudit.config import RunConfig
 from fedaudit.defenses.base import BudgetedByRound, Defense
 from fedaudit.defenses.chain import Chain, central, claims_left
 from fedaudit.registry import DEFENSES
-from fedaudit.round_release import plan, release_behind
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, settings_in_round, steps_per_round
+from fedaudit.training.local import TrainSettings, settings_in_round, steps_per_round
+from fedaudit.training.round_release import plan, release_behind
 from fedaudit.types import ClientUpdate, StepRelease
 from fedaudit.verification.central_rounds import CentralRounds
 from fedaudit.verification.derive import Claiming, step_claims, strategy_claims

@@ -17,7 +17,7 @@ from fedaudit.claims import (
 )
 from fedaudit.errors import ConfigError
 from fedaudit.spec import Spec, parse_spec
-from fedaudit.training import TrainSettings
+from fedaudit.training.local import TrainSettings
 from fedaudit.types import ClientUpdate, StepRelease
 from fedaudit.verification.live import Unstated
 

@@ -5,7 +5,7 @@ import math
 from fedaudit.accounting import Ledger, RenyiOdometer
 from fedaudit.accounting import epsilon as account
 from fedaudit.claims import EpsilonClaim
-from fedaudit.gaussian_mechanism import gaussian_epsilon
+from fedaudit.maths.gaussian_mechanism import gaussian_epsilon
 
 
 def epsilon_of(claim: EpsilonClaim, noise_scale: float = 1.0) -> float:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from fedaudit.accounting import Entry, Ledger
-from fedaudit.audit_rows import NOISE_MULTIPLIER
-from fedaudit.types import ClientUpdate, Guarantee, StepRelease
+from fedaudit.types import NOISE_MULTIPLIER, ClientUpdate, Guarantee, StepRelease
 
 if TYPE_CHECKING:
     import pandas as pd

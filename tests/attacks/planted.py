@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedaudit.training import TrainSettings, train_locally
+from fedaudit.training.local import TrainSettings, train_locally
 from fedaudit.types import ClientUpdate, RoundContext
 
 LR = 0.1

@@ -12,7 +12,7 @@ from fedaudit.attacks import dlg
 from fedaudit.attacks.dlg import DLG, Match, match_gradient
 from fedaudit.attacks.scores import score
 from fedaudit.data.embedded import patches
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 from fedaudit.registry import ATTACKS
 from fedaudit.spec import parse_spec
 from fedaudit.types import Attack, ClientUpdate, LocalEvidence, Loss, RoundContext

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedaudit.attacks.identifiability import chance_level, head_features, nearest_is_own
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 
 
 def points(count: int, seed: int, features: int = 24) -> Tensor:

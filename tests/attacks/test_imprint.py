@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedaudit.attacks.imprint import Imprint, expected_recoveries, imprint, recover_imprinted, thresholds
 from fedaudit.attacks.scores import match, score
 from fedaudit.data.embedded import patches
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 from tests.attacks.planted import context, examples, largest_error, planted, trained
 
 SHAPE, CLASSES = (3, 32, 32), 2

@@ -5,7 +5,7 @@ from torch import nn
 from fedaudit.attacks.linear_layer import LinearLayer, explain, invert_linear, outside, row_ratios
 from fedaudit.attacks.scores import score
 from fedaudit.data.embedded import digits
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 from tests.attacks.planted import context, examples, largest_error, planted, seeded, trained
 
 SHAPE, CLASSES = (1, 5, 5), 4

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedaudit.attacks.separation import numerical_rank, separate
 from fedaudit.attacks.spear import Spear
 from fedaudit.data.embedded import digits, patches
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 from tests.attacks.planted import context, examples, largest_error, planted, seeded, trained
 
 

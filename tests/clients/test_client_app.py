@@ -12,13 +12,14 @@ from flwr.serverapp.strategy import FedAvg
 from torch.nn import functional
 
 from clients.client_app import app
-from fedaudit.app import execute, setup
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
+from fedaudit.federation.setup import setup
 from fedaudit.flower.arrays import from_state_dict, to_state_dict
 from fedaudit.flower.messages import AUDIT_RECORD, decode_finding
 from fedaudit.records import load_run
 from fedaudit.simulation.in_process import InProcessGrid
-from fedaudit.training import evaluate
+from fedaudit.training.local import evaluate
 from fedaudit.types import Estimate
 from strategies.flower_strategies import build_strategy
 

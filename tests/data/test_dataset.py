@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedaudit.config import DataConfig
+from fedaudit.config.sections import DataConfig
 from fedaudit.data.dataset import Dataset, draw_stratified, load_dataset, split
 from fedaudit.errors import ConfigError, DataError
 from fedaudit.registry import DATASETS

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_image
 
-from fedaudit.config import DataConfig
+from fedaudit.config.sections import DataConfig
 from fedaudit.data.dataset import load_dataset
 from fedaudit.data.embedded import digits, patches
 from fedaudit.errors import ConfigError

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedaudit.config import DataConfig
+from fedaudit.config.sections import DataConfig
 from fedaudit.data.dataset import load_dataset
 from fedaudit.data.files import image_folder, npz, square_pixels
 from fedaudit.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedaudit.config import DataConfig
+from fedaudit.config.sections import DataConfig
 from fedaudit.data.dataset import load_dataset, split
 from fedaudit.errors import ConfigError, DataError
 from fedaudit.vision import torchvision

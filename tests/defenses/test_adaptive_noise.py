@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from fedaudit.accounting import Ledger, RenyiFilter, epsilon
-from fedaudit.app import check, execute, setup
 from fedaudit.config import RunConfig
 from fedaudit.defenses.adaptive_noise import LeakageAdaptive
 from fedaudit.defenses.base import AdaptiveDefense, Defense, RunPlan
 from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.none import NoDefense
 from fedaudit.errors import BudgetExhaustedError, ConfigError
+from fedaudit.federation.checks import check
+from fedaudit.federation.execution import execute
+from fedaudit.federation.setup import setup
 from fedaudit.progress import listen
 from fedaudit.records import load_run
 from fedaudit.registry import DEFENSES
@@ -280,7 +282,7 @@ def test_a_measure_sees_the_noise_that_was_drawn_in_its_round(tmp_path):
 
 def test_verification_affirms_the_noise_of_every_round(tmp_path):
     from fedaudit.claims import HOLDS, VIOLATED, GaussianNoise
-    from fedaudit.insight import insight
+    from fedaudit.federation.insight import insight
     from fedaudit.verification.recorded import verify_run
 
     changes = {"audit.save-updates": True, "train.local-steps": 1}
@@ -326,7 +328,7 @@ def test_a_driver_that_follows_nothing_needs_no_measure(tmp_path):
 
 def test_training_adds_the_noise_of_the_round():
     """Without examples the update is noise alone: its deviation is the round's."""
-    from fedaudit.training import TrainSettings, train_locally
+    from fedaudit.training.local import TrainSettings, train_locally
 
     planned = LeakageAdaptive(driver="decay", ratio=0.25).planned(PLAN)
     spread = []

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fedaudit.accounting import Ledger
-from fedaudit.app import check, execute, setup
 from fedaudit.attacks.threat_card import threat_card
 from fedaudit.config import RunConfig
 from fedaudit.defenses.base import RemovesExamples, removing, training_under
@@ -17,13 +16,16 @@ from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.larger_batch import LargerBatch
 from fedaudit.defenses.none import NoDefense
 from fedaudit.errors import ConfigError
+from fedaudit.federation.checks import check
+from fedaudit.federation.execution import execute
+from fedaudit.federation.setup import setup
 from fedaudit.kept_files import load_update, update_file
-from fedaudit.offline_attacks import diagnose_run
+from fedaudit.offline.attacks import diagnose_run
 from fedaudit.progress import listen
 from fedaudit.records import load_run
 from fedaudit.registry import DEFENSES, changes_update
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, steps_per_round
+from fedaudit.training.local import TrainSettings, steps_per_round
 from fedaudit.verification.recorded import RecordedRun, verify_run
 
 SMALL = {

@@ -14,7 +14,7 @@ from fedaudit.defenses.chain import central
 from fedaudit.errors import ConfigError
 from fedaudit.registry import DEFENSES, changes_update
 from fedaudit.spec import parse_spec
-from fedaudit.training import weights_to_send
+from fedaudit.training.local import weights_to_send
 
 
 def built(text):

@@ -5,7 +5,6 @@ import torch
 from torch import Generator, nn
 
 from fedaudit.accounting import Ledger
-from fedaudit.app import execute
 from fedaudit.claims import (
     ClipNorm,
     GaussianNoise,
@@ -22,6 +21,7 @@ from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.gaussian import GaussianUpdate
 from fedaudit.defenses.sparsify import TopK
 from fedaudit.errors import ConfigError
+from fedaudit.federation.execution import execute
 from fedaudit.registry import DEFENSES, MEASURES
 from fedaudit.spec import Spec, parse_spec, parse_specs
 from fedaudit.verification.recorded import verify_run

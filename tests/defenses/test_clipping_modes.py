@@ -19,7 +19,7 @@ from fedaudit.defenses.secure_noise import secure_gaussian
 from fedaudit.errors import ConfigError
 from fedaudit.registry import DEFENSES, is_repeatable
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, plan_batches, settings_in_round, train_locally
+from fedaudit.training.local import TrainSettings, plan_batches, settings_in_round, train_locally
 from fedaudit.types import StepRelease
 
 SIZE = 5
@@ -434,7 +434,7 @@ def test_unknown_modes_are_refused_without_the_spec_grammar_too():
 
 
 def test_a_defense_has_clients_train_with_its_own_rate_and_batches_and_the_runs_decay():
-    from fedaudit.config import TrainConfig
+    from fedaudit.config.sections import TrainConfig
 
     agreed = TrainConfig(lr=0.1, lr_decay=0.5, batch_size=16)
     own = DEFENSES.build(parse_spec("dp-sgd(lr=0.8, batch-size=4) then top-k(fraction=0.5)"))

@@ -4,9 +4,11 @@ import pandas as pd
 import pytest
 
 from fedaudit.accounting import Ledger, epsilon, noise_multiplier_for
-from fedaudit.app import check, execute, run_folder
 from fedaudit.config import RunConfig
 from fedaudit.errors import ConfigError
+from fedaudit.federation.checks import check
+from fedaudit.federation.execution import execute
+from fedaudit.federation.folders import run_folder
 from fedaudit.progress import listen
 from fedaudit.records import load_run
 from fedaudit.verification.recorded import verify_run

@@ -11,22 +11,24 @@ from safetensors.torch import load_file
 
 import fedaudit.simulation.in_process as in_process
 from clients.client_app import app as reference_client
-from fedaudit.app import check, execute, setup
-from fedaudit.calibration import calibrate
+from fedaudit.audit.secure_sum import SUM, context_of_sum
 from fedaudit.claims import UNCHECKED
 from fedaudit.config import RunConfig
 from fedaudit.errors import ConfigError
+from fedaudit.federation.checks import check
+from fedaudit.federation.execution import execute
+from fedaudit.federation.setup import setup
 from fedaudit.kept_files import load_update, sum_file
 from fedaudit.measures.mutual_information import MutualInformation
 from fedaudit.measures.privacy_tokens import PrivacyTokens
 from fedaudit.needs import Needs, missing
-from fedaudit.offline_attacks import attack_run, diagnose_run
+from fedaudit.offline.attacks import attack_run, diagnose_run
 from fedaudit.progress import listen
 from fedaudit.records import load_run
 from fedaudit.report.page import write_report
 from fedaudit.report.provenance import notices
 from fedaudit.report.tables import comparison_table
-from fedaudit.secure_sum import SUM, context_of_sum
+from fedaudit.studies.calibration import calibrate
 from fedaudit.types import ClientUpdate, Guarantee, RoundContext, Skip, StepRelease
 from fedaudit.verification.recorded import verify_run
 from strategies import server_app

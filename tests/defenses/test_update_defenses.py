@@ -19,11 +19,11 @@ from fedaudit.defenses.quantize import Quantize, Sign
 from fedaudit.defenses.sparsify import RandomSparsify, TopK
 from fedaudit.defenses.withhold_layers import WithholdLayers
 from fedaudit.errors import BudgetExhaustedError, ConfigError
-from fedaudit.gaussian_mechanism import gaussian_delta, gaussian_epsilon, gaussian_noise_multiplier
+from fedaudit.maths.gaussian_mechanism import gaussian_delta, gaussian_epsilon, gaussian_noise_multiplier
 from fedaudit.registry import DEFENSES
-from fedaudit.round_release import plan
 from fedaudit.spec import parse_spec
-from fedaudit.training import TrainSettings, weights_to_send
+from fedaudit.training.local import TrainSettings, weights_to_send
+from fedaudit.training.round_release import plan
 from fedaudit.types import ClientUpdate, Guarantee, StepRelease
 
 OPTIONS = {"withhold": "(layers=0)"}

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
 from scipy.stats import binom
 
-from fedaudit.auditor import Auditor
+from fedaudit.audit.auditor import Auditor
 from fedaudit.errors import ConfigError, RecordError
 from fedaudit.flower import AuditStrategy, CentralDP
 from fedaudit.flower.arrays import to_state_dict

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
-from fedaudit.auditor import Auditor
+from fedaudit.audit.auditor import Auditor
 from fedaudit.errors import ConfigError
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.records import load_run

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fedaudit.measures import ghost_kernels, gram_shares
 from fedaudit.measures.ghost_kernels import clip_gram, example_gradients, example_gram
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # attention under vmap

@@ -8,7 +8,7 @@ from torch import nn
 from fedaudit.measures import in_run
 from fedaudit.measures.ghost_kernels import example_gradients, example_gram
 from fedaudit.measures.in_run import InRunGram
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # attention in vmap
 

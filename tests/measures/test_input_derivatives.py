@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedaudit.app import execute
-from fedaudit.auditor import run_measure
+from fedaudit.audit.auditor import run_measure
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
 from fedaudit.measures.curvature import closed_form_traces, hessian_probes, memorisation_ceiling
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.gradient_sensitivity import GradientSensitivity, even_shares

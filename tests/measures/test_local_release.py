@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.measures.local_release import LocalTraining, mean_gradient
-from fedaudit.training import TrainSettings, train_locally
+from fedaudit.training.local import TrainSettings, train_locally
 from fedaudit.types import StepRelease
 
 PLAIN = StepRelease(None, 0.0, 1.0)

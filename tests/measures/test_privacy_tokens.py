@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fedaudit.measures.privacy_tokens as module
-from fedaudit.app import execute
 from fedaudit.config import RunConfig
 from fedaudit.errors import ConfigError
+from fedaudit.federation.execution import execute
 from fedaudit.measures.batch_pools import split_examples
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.privacy_tokens import MINIMUM_EXAMPLES, PrivacyTokens
@@ -181,7 +181,7 @@ def test_a_client_with_too_few_examples_is_skipped_and_the_others_are_measured()
 
 
 def test_a_critic_that_does_not_fit_is_refused_before_anything_is_computed() -> None:
-    from fedaudit.models import build_model
+    from fedaudit.models.build import build_model
 
     model = build_model("alexnet", (3, 32, 32), 2, 0)
     wide = ClientUpdate(0, 1, model.state_dict(), {}, 60)

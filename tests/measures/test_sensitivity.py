@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import fedaudit.measures.sensitivity as module
 from fedaudit.measures.probes import random_signs
 from fedaudit.measures.sensitivity import FORWARD, REVERSE, batch_sensitivity, gradient_sensitivity
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 
 C = 3
 

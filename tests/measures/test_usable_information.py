@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fedaudit.measures.usable_information as module
-from fedaudit.app import execute
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.usable_information import (
     UsableInformation,

@@ -10,7 +10,7 @@ from fedaudit.measures.watched_gradients import (
     feature_module,
     watched_layers,
 )
-from fedaudit.models import build_model
+from fedaudit.models.build import build_model
 
 RGB = (3, 32, 32)
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from flwr.common.config import get_fused_config_from_dir, parse_config_args
 
-from fedaudit.config import RunConfig, known_keys, load_config, presets
+from fedaudit.config import RunConfig, load_config
+from fedaudit.config.files import presets
+from fedaudit.config.schema import known_keys
 from tests.packaging.conftest import Environment
 
 pytestmark = pytest.mark.slow

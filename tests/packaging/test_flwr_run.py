@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedaudit.app import execute
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
 from fedaudit.records import load_run
 from fedaudit.simulation.flower_app import flat_toml
 from fedaudit.simulation.loopback import ask_flower, flower_environment, free_ports, run_status

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedaudit.audit_rows import AuditRows
+from fedaudit.audit.rows import AuditRows
 from fedaudit.measures.gradient_uniqueness import ExampleGradientUniqueness
 from fedaudit.records import AuditLog, AuditRecord, load_run
 from fedaudit.report.disclosure import COLUMNS, disclosed_by_client

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from fedaudit.app import execute
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
 
 CONFIG = {
     "data.name": "digits",

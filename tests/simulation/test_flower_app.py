@@ -19,7 +19,7 @@ def test_flower_accepts_the_app_and_packs_the_library_with_it(tmp_path):
     folder = write_app(tmp_path / "app")
     load_and_validate(folder / "pyproject.toml")
     names = set(zipfile.ZipFile(BytesIO(build_fab_from_disk(folder))).namelist())
-    assert {"fedaudit/app.py", "strategies/server_app.py", "clients/client_app.py"} <= names
+    assert {"fedaudit/federation/setup.py", "strategies/server_app.py", "clients/client_app.py"} <= names
     assert not any("_app/" in name or "__pycache__" in name for name in names)
 
 

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from fedaudit.app import execute
 from fedaudit.config import RunConfig
 from fedaudit.errors import ConfigError, RunFailedError
+from fedaudit.federation.execution import execute
 from fedaudit.records import load_run
 from fedaudit.simulation.flower_app import flat_toml
 from fedaudit.simulation.loopback import HOST, deployed, flower_environment, free_ports, run_on_loopback

@@ -6,11 +6,14 @@ import pandas as pd
 import pytest
 
 from fedaudit.accounting import Ledger, epsilon, noise_multiplier_for
-from fedaudit.app import check, execute, run_folder, setup
 from fedaudit.cli import main
 from fedaudit.config import RunConfig
 from fedaudit.defenses.central_dp import CentralPrivacy
 from fedaudit.errors import ConfigError, RecordError
+from fedaudit.federation.checks import check
+from fedaudit.federation.execution import execute
+from fedaudit.federation.folders import run_folder
+from fedaudit.federation.setup import setup
 from fedaudit.flower.central_dp import CentralDP
 from fedaudit.progress import listen
 from fedaudit.records import load_run

@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors.numpy import load_file, save_file
 
-from fedaudit.auditor import Auditor
+from fedaudit.audit.auditor import Auditor
 from fedaudit.errors import RecordError
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.simulation.in_process import InProcessGrid

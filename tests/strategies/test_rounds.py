@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord
 from flwr.serverapp import strategy as flower
 
 from fedaudit.simulation.in_process import InProcessGrid
-from fedaudit.training import client_seed
+from fedaudit.training.local import client_seed
 from strategies.rounds import NOISE, SAMPLING, SeededRounds
 from tests.strategies.federation import N, app, initial, strategy
 

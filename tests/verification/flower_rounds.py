@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
 
-from fedaudit.auditor import Auditor
+from fedaudit.audit.auditor import Auditor
 from fedaudit.flower.arrays import to_state_dict
 from fedaudit.flower.strategy import AuditStrategy
 from fedaudit.simulation.in_process import InProcessGrid

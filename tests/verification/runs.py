@@ -1,7 +1,7 @@
 """Runs of a tiny federation, by the command's own code."""
 
-from fedaudit.app import execute
 from fedaudit.config import RunConfig
+from fedaudit.federation.execution import execute
 
 SMALL = {
     "data.max-examples": 300,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.serverapp import strategy as flower
 
-from fedaudit.auditor import Auditor
+from fedaudit.audit.auditor import Auditor
 from fedaudit.claims import ClipNorm, GaussianNoise, Weights
 from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.errors import RunFailedError

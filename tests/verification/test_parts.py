@@ -21,7 +21,7 @@ from fedaudit.claims import (
     Weights,
 )
 from fedaudit.defenses.dp_sgd import DPSGD
-from fedaudit.training import TrainSettings, plan_batches, train_locally
+from fedaudit.training.local import TrainSettings, plan_batches, train_locally
 from fedaudit.types import ClientUpdate, StepRelease
 from fedaudit.verification import verify_round
 from fedaudit.verification.derive import step_claims, step_weights

@@ -15,7 +15,7 @@ from fedaudit.claims import AdaptiveClipping, GaussianNoise, PoissonSampling, Sp
 from fedaudit.cli import main
 from fedaudit.defenses.dp_sgd import DPSGD
 from fedaudit.defenses.none import NoDefense
-from fedaudit.insight import insight
+from fedaudit.federation.insight import insight
 from fedaudit.records import load_run
 from fedaudit.registry import DEFENSES, Entry
 from fedaudit.verification.recorded import verify_run

@@ -1,0 +1,1 @@
+"""The auditor, the rows it writes, and what it looks at and announces."""

@@ -1,0 +1,1 @@
+"""One federation: what its configuration describes, the checks before it runs, its run and its folder."""

@@ -1,0 +1,1 @@
+"""Pure functions that layers share which never import each other."""

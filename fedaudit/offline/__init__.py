@@ -1,0 +1,1 @@
+"""Attacks and inference on the updates that a finished run kept."""

@@ -1,0 +1,1 @@
+"""Questions that take several federations: comparison of defenses, calibration of measures, tuning."""
