@@ -38,7 +38,7 @@ from fedaudit.models import build_model
 from fedaudit.records import Run, load_run, write_json, write_text
 from fedaudit.registry import DEFENSES, is_repeatable
 from fedaudit.round_release import check_signal, plan, release_behind
-from fedaudit.secure_sum import SecureSum, check_secure
+from fedaudit.secure_sum import SecureSum, check_secure, context_of_sum
 from fedaudit.spec import parse_spec
 from fedaudit.training import TrainSettings, client_seed, plan_batches, settings_in_round, steps_per_round
 from fedaudit.types import ClientUpdate, LocalEvidence, RoundContext, StepRelease, Truth
@@ -224,7 +224,13 @@ class Setup:
         )
 
     def evidence(self, update: ClientUpdate) -> LocalEvidence:
-        """The examples a client trains on (an oracle's view)."""
+        """The examples a client trains on (an oracle's view); of a sum, all clients'."""
+        if update.summed:
+            parts = [self.evidence(replace(update, client_id=each, summed=())) for each in update.summed]
+            release = context_of_sum(self.context(update.round), update).release
+            assert release is not None  # a context made here knows it
+            x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+            return LocalEvidence(x, y, release(update))
         x, y = self.training_data(update.client_id, update.before)
         return LocalEvidence(x, y, self.release_of(update))
 
