@@ -19,6 +19,7 @@ from fedaudit.errors import RecordError
 from fedaudit.membership_inference import FALSE_POSITIVES, MembershipInference, Scored
 from fedaudit.offline_attacks import recorded_updates, setup_of
 from fedaudit.records import Run
+from fedaudit.secure_sum import context_of_sum
 from fedaudit.types import ClientUpdate, Skip
 
 AVERAGED = 0
@@ -89,6 +90,8 @@ def _by_round(measure: MembershipInference, updates: Sequence[ClientUpdate], mad
             evidence=made.evidence,
             num_updates=len(group),
         )
+        if group[0].summed:
+            ctx = context_of_sum(ctx, group[0])
         try:
             found: Sequence[Scored | Skip] = measure.scored(group, ctx)
         except ValueError as error:
