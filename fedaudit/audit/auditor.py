@@ -340,7 +340,7 @@ class Auditor:
         return contexts
 
     def _measure(self, seen: Sequence[ClientUpdate], single: Sequence[ClientUpdate], rows: AuditRows) -> None:
-        """The server measures what it sees, the oracle every single update."""
+        """The server measures what it sees, the oracle every single update, or how well the server does."""
         contexts = self._contexts(seen)
         if single is not seen:
             contexts = self._contexts(single) | contexts
@@ -351,8 +351,11 @@ class Auditor:
             if observer in measure.observers and observer in self.observers
         ]
         for number, (measure, observer) in enumerate(jobs, 1):
-            updates = seen if observer == "server" else single
-            ctx = contexts.get(observer)
+            updates, ctx = single, contexts.get(observer)
+            if observer == "server" or getattr(measure, "of_server_view", False):
+                updates = seen
+            if updates[0].summed and ctx is not None and self.oracle is not None and observer == "oracle":
+                ctx = replace(contexts["server"], observer="oracle", evidence=self.oracle.evidence)
             if ctx is None:
                 findings: list[Finding] = [Skip("needs an oracle, which exists in simulation only")] * len(
                     updates

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from fedaudit.accounting import Ledger, RenyiFilter, noise_multiplier_for
 from fedaudit.accounting.schedule import schedule_cost, schedule_scale
-from fedaudit.defenses.base import RunPlan
-from fedaudit.defenses.dp_sgd import DPSGD
+from fedaudit.defenses.base import RunPlan, Settings
+from fedaudit.defenses.dp_sgd import DPSGD, GradSample
 from fedaudit.types import Guarantee, StepRelease
 
 Driver = Literal["constant", "decay", "leakage"]
@@ -65,6 +65,9 @@ class LeakageAdaptive:
         gamma: exponent; larger reacts more.
         low: least noise of a round over sigma, in (0, 1].
         high: most noise of a round over sigma, >= 1.
+        grad_sample: as in `DPSGD`.
+        lr: learning rate of clients under this defense; 0 means the run's. Its decay stays the run's.
+        batch_size: (expected) batch size of clients under this defense; 0 means the run's.
 
     Raises:
         ValueError: for an option out of range.
@@ -84,6 +87,9 @@ class LeakageAdaptive:
     gamma: float = 1.0
     low: float = 0.5
     high: float = 2.0
+    grad_sample: GradSample = "hooks"
+    lr: float = 0.0
+    batch_size: int = 0
     _plan: RunPlan | None = field(default=None, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "leakage-adaptive"
@@ -92,7 +98,7 @@ class LeakageAdaptive:
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise ValueError(f"epsilon must be a number > 0, got {self.epsilon}: choose e.g. 8")
-        _ = self._sgd  # checks delta and clip norm
+        _ = self._sgd  # checks delta, clip norm and what follows `high`
         if self.driver not in ("constant", "decay", "leakage"):
             raise ValueError(f"driver must be constant, decay or leakage, got {self.driver!r}: choose one")
         if self.decay not in ("linear", "exponential"):
@@ -120,6 +126,10 @@ class LeakageAdaptive:
         made = copy.copy(self)
         object.__setattr__(made, "_plan", plan)
         return made
+
+    def settings(self, agreed: Settings) -> Settings:
+        """The agreed training, with this defense's own learning rate and batch size where it has them."""
+        return self._sgd.settings(agreed)
 
     def delta_for(self, num_examples: int) -> float:
         """The delta that a client's epsilon is stated at.
@@ -216,7 +226,7 @@ class LeakageAdaptive:
 
     @property
     def _sgd(self) -> DPSGD:
-        return _dp_sgd(self.epsilon, self.delta, self.clip_norm)
+        return _dp_sgd(self.epsilon, self.delta, self.clip_norm, self.grad_sample, self.lr, self.batch_size)
 
     @property
     def _agreed(self) -> RunPlan:
@@ -285,8 +295,10 @@ class _Rest:
 
 
 @lru_cache(maxsize=64)
-def _dp_sgd(epsilon: float, delta: float, clip_norm: float) -> DPSGD:
-    return DPSGD(epsilon, delta, clip_norm=clip_norm)
+def _dp_sgd(
+    epsilon: float, delta: float, clip_norm: float, grad_sample: GradSample, lr: float, batch_size: int
+) -> DPSGD:
+    return DPSGD(epsilon, delta, clip_norm=clip_norm, grad_sample=grad_sample, lr=lr, batch_size=batch_size)
 
 
 @lru_cache(maxsize=64)

@@ -14,6 +14,8 @@ from fedaudit.defenses.base import Settings
 from fedaudit.errors import BudgetExhaustedError
 from fedaudit.types import Guarantee, StepRelease
 
+GradSample = Literal["hooks", "ghost", "auto"]
+
 
 @dataclass(frozen=True)
 class DPSGD:
@@ -75,7 +77,7 @@ class DPSGD:
     clip_norm: float = 1.0
     accountant: Accountant = "rdp"
     clipping: Literal["flat", "per-layer"] = "flat"
-    grad_sample: Literal["hooks", "ghost", "auto"] = "hooks"
+    grad_sample: GradSample = "hooks"
     secure_rng: bool = False
     lr: float = 0.0
     batch_size: int = 0

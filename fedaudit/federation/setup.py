@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedaudit.accounting import Ledger
-from fedaudit.audit.secure_sum import SecureSum
+from fedaudit.audit.secure_sum import SecureSum, context_of_sum
 from fedaudit.config import RunConfig
 from fedaudit.data.dataset import Split, load_dataset, split
 from fedaudit.data.partition import partition
@@ -209,7 +209,13 @@ class Setup:
         )
 
     def evidence(self, update: ClientUpdate) -> LocalEvidence:
-        """The examples a client trains on (an oracle's view)."""
+        """The examples a client trains on (an oracle's view); of a sum, all clients'."""
+        if update.summed:
+            parts = [self.evidence(replace(update, client_id=each, summed=())) for each in update.summed]
+            release = context_of_sum(self.context(update.round), update).release
+            assert release is not None  # a context made here knows it
+            x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+            return LocalEvidence(x, y, release(update))
         x, y = self.training_data(update.client_id, update.before)
         return LocalEvidence(x, y, self.release_of(update))
 

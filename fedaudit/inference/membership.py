@@ -103,6 +103,9 @@ class MembershipInference:
     to an observer who knows all other examples, with weights taken as constant within the round: exact for
     one step, see `gaussian_tpr`. Scores may exceed it by what earlier rounds left.
 
+    Under secure aggregation the server sees the sum of a round's updates: there is one area then, for the
+    examples of all clients together, and scores that compare clients are skipped.
+
     One round at a time: nothing is kept between rounds, so that a resumed run measures the same. For an
     average over rounds use `scores_over_rounds` on kept updates.
 
@@ -123,6 +126,8 @@ class MembershipInference:
     unit: ClassVar[str] = "1"
     scope: ClassVar[Literal["client", "round"]] = "client"
     observers: ClassVar[tuple[Observer, ...]] = ("oracle",)
+    of_server_view: ClassVar[bool] = True
+    """Whether what the server sees is measured, under secure aggregation too; else every single update."""
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:

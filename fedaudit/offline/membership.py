@@ -13,6 +13,7 @@ import torch
 
 from fedaudit.attacks.membership import average_over_rounds
 from fedaudit.attacks.roc import Rate, auc, true_positives_at
+from fedaudit.audit.secure_sum import context_of_sum
 from fedaudit.errors import RecordError
 from fedaudit.federation.setup import Setup
 from fedaudit.inference.candidate_scores import SCORES, Score
@@ -89,6 +90,8 @@ def _by_round(measure: MembershipInference, updates: Sequence[ClientUpdate], mad
             evidence=made.evidence,
             num_updates=len(group),
         )
+        if group[0].summed:
+            ctx = context_of_sum(ctx, group[0])
         try:
             found: Sequence[Scored | Skip] = measure.scored(group, ctx)
         except ValueError as error:

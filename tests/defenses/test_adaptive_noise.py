@@ -343,3 +343,15 @@ def test_training_adds_the_noise_of_the_round():
         train_locally(model, x, y, batches, settings, defense=planned, release=release, generator=noise)
         spread.append(float((model.weight.detach() - before).std()) / release.noise_std)
     assert spread == pytest.approx([1.0, 1.0], abs=5 / math.sqrt(2 * 2000))
+
+
+def test_own_learning_rate_and_batch_size_reach_training_and_plan(tmp_path):
+    spec = "leakage-adaptive(driver=constant, lr=0.7, batch-size=9)"
+    changes = {"data.max-examples": 300, "federation.clients": 3, "federation.rounds": 2}
+    made = setup(RunConfig.from_flat({**changes, "defense.name": spec}).flat())
+    given = {"train.lr": 0.7, "train.batch-size": 9, "defense.name": "leakage-adaptive(driver=constant)"}
+    same = setup(RunConfig.from_flat({**changes, **given}).flat())
+    assert made.settings(2) == same.settings(2)
+    size = len(made.partitions[0])
+    assert made.release_in_round(size, 1, Ledger(), None) == same.release_in_round(size, 1, Ledger(), None)
+    assert made.release_in_round(size, 1, Ledger(), None).sample_rate == pytest.approx(9 / size)

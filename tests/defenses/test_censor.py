@@ -26,7 +26,8 @@ from fedaudit.records import load_run
 from fedaudit.registry import DEFENSES, changes_update
 from fedaudit.spec import parse_spec
 from fedaudit.training.local import TrainSettings, steps_per_round
-from fedaudit.verification.recorded import RecordedRun, verify_run
+from fedaudit.verification.configured import ConfiguredClaims
+from fedaudit.verification.recorded import verify_run
 
 SMALL = {
     "data.max-examples": 120,
@@ -219,7 +220,7 @@ def test_a_larger_batch_is_the_federation_configured_with_it(tmp_path, spec, cha
     for number in (1, 3):
         ctx, expected = made.context(number), other.context(number)
         assert (ctx.batch_size, ctx.lr) == (expected.batch_size, expected.lr)
-        recorded = RecordedRun(run.path).settings(number)
+        recorded = ConfiguredClaims(made.config).settings(number)
         assert recorded == made.settings(number) == other.settings(number)
     update = updates(run, made)[0]
     card = threat_card(made.build_model(), update, made.context(1), {}, made.config.defense.name)

@@ -335,3 +335,44 @@ def test_information_about_the_sum_is_measured_with_all_batches_or_not_at_all(tm
         assert isinstance(small, Skip) and "the sum of 2 clients' steps holds" in small.reason
     several = measured(PrivacyTokens(), made, local_steps=2)
     assert isinstance(several, Skip) and "is no single training" in several.reason
+
+
+def test_membership_is_that_of_the_sum_which_is_all_the_server_sees(tmp_path):
+    shared = {
+        "audit.measures": "membership-inference(match-labels=false)",
+        "audit.observers": "server, oracle",
+        "data.reference-fraction": 0.4,
+        "train.batch-size": 100,  # all of a client's examples in one step
+    }
+    alone = execute(config(tmp_path, "alone", **shared)).records
+    secured = config(tmp_path, "sum", **shared, **{"defense.name": SECURE})
+    run, made = execute(secured), setup(secured.flat())
+    (row,) = of(run.records, "membership-inference", "oracle").to_dict("records")
+    assert row["status"] == "ok" and pd.isna(row["client_id"])
+
+    update = load_update(sum_file(run.path / "updates", 1))
+    evidence, reference = made.evidence(update), made.data.reference
+    assert len(evidence.y) == sum(len(rows) for rows in made.partitions) < 256
+    model = made.build_model().double()
+    change = torch.cat([update.delta[name].reshape(-1) for name, _ in model.named_parameters()]).double()
+
+    def score(one, label):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(one[None].double()), label[None]).backward()
+        gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        return float(-change @ gradient / gradient.norm())
+
+    inside = np.array([score(*pair) for pair in zip(evidence.x, evidence.y, strict=True)])
+    outside = np.array([score(*pair) for pair in zip(reference.x, reference.y, strict=True)])
+    assert row["value"] == pytest.approx((inside[:, None] > outside[None]).mean(), abs=1e-3)
+    single = of(alone, "membership-inference", "oracle")
+    assert len(single) == 4 and row["value"] < single["value"].astype(float).min()
+
+
+def test_scores_that_compare_clients_need_single_updates(tmp_path):
+    shared = {"audit.observers": "server, oracle", "data.reference-fraction": 0.4, "defense.name": SECURE}
+    run = execute(
+        config(tmp_path, "fedmia", **shared, **{"audit.measures": "membership-inference(score=fedmia-loss)"})
+    )
+    (row,) = of(run.records, "membership-inference", "oracle").to_dict("records")
+    assert row["status"] == "skipped" and "nothing but the sum of 4" in row["reason"]

@@ -60,7 +60,8 @@ def test_a_child_in_a_session_of_its_own_is_stopped_even_after_its_parent_has_en
 
 def test_processes_are_stopped_when_the_block_fails(marked, tmp_path):
     with pytest.raises(ZeroDivisionError), marked:
-        marked.start("sleeper", sys.executable, "-c", CHILD)
+        marked.start("sleeper", sys.executable, "-c", f"print('started', flush=True); {CHILD}")
+        wait_for(marked.log("sleeper"))  # a process that is just being replaced shows no environment
         assert len(leftovers(str(tmp_path))) == 1
         1 / 0  # noqa: B018
     assert leftovers(str(tmp_path)) == []
