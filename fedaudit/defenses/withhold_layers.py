@@ -23,14 +23,14 @@ class WithholdLayers(PlainSteps):
     No formal guarantee. Measures that reason from a step's release do not see it.
 
     Attributes:
-        layers: names of modules or parameters joined by "+", as layer-wise measures report them: "0+3".
+        layers: names of modules or parameters joined by "+", as layer-wise measures report them: "conv1+fc1".
 
     Raises:
         ValueError: if no layer is named.
 
-    >>> update = {"0.weight": torch.ones(1), "3.weight": torch.ones(1)}
-    >>> WithholdLayers("3").protect(update, Generator())
-    {'0.weight': tensor([1.]), '3.weight': tensor([0.])}
+    >>> update = {"conv1.weight": torch.ones(1), "fc1.weight": torch.ones(1)}
+    >>> WithholdLayers("fc1").protect(update, Generator())
+    {'conv1.weight': tensor([1.]), 'fc1.weight': tensor([0.])}
     """
 
     layers: str
@@ -39,7 +39,7 @@ class WithholdLayers(PlainSteps):
 
     def __post_init__(self) -> None:
         if not all(self.names):
-            raise ValueError(f"layers are names joined by '+', got {self.layers!r}: write e.g. 0+3")
+            raise ValueError(f"layers are names joined by '+', got {self.layers!r}: write e.g. conv1+fc1")
 
     @property
     def names(self) -> tuple[str, ...]:

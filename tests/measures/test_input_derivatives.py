@@ -363,7 +363,7 @@ def test_a_federation_records_curvature_per_client_and_sensitivity_per_layer(tmp
         assert counts["gradient-sensitivity", observer] == 2 * clients
         assert counts["gradient-sensitivity.layer", observer] == 2 * clients * 2
     layers = records[records["quantity"] == "gradient-sensitivity.layer"]
-    assert set(layers["layer"]) == {"1", "3"}
+    assert set(layers["layer"]) == {"fc1", "fc2"}
     assert bool((layers["value"] > 0).all())
     curvature = records[records["quantity"] == "input-curvature"]
     assert bool(curvature["extra"].str.contains('"memorisation-ceiling"').all())

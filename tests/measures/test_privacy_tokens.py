@@ -215,7 +215,7 @@ def test_options_are_written_in_the_spec_and_checked() -> None:
 
 
 def test_a_federation_records_tokens_of_every_client_for_oracle_and_server(tmp_path) -> None:
-    spec = "privacy-tokens(steps=20, batches=8, candidates=8, permutations=99, layers=0+2)"
+    spec = "privacy-tokens(steps=20, batches=8, candidates=8, permutations=99, layers=conv1+conv2)"
     config = RunConfig.from_flat(
         {
             "data.max-examples": 400,
@@ -237,6 +237,6 @@ def test_a_federation_records_tokens_of_every_client_for_oracle_and_server(tmp_p
         set(rows["status"]) == {"ok"} and set(rows["unit"]) == {"nats"} and set(rows["kind"]) == {"estimate"}
     )
     extra = [json.loads(text) for text in rows["extra"]]
-    assert {e["layers"] for e in extra} == {"0+2"}
+    assert {e["layers"] for e in extra} == {"conv1+conv2"}
     assert {e["local-steps"] for e, o in zip(extra, rows["observer"], strict=True) if o == "server"} == {2}
     assert len(load_run(next(tmp_path.iterdir())).records) > 6

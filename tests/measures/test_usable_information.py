@@ -325,4 +325,4 @@ def test_a_federation_records_whole_and_layers_for_every_observer(tmp_path) -> N
         assert all(json.loads(extra)["noise-std"] > 0 for extra in rows["extra"])
         layers = records[records["quantity"] == f"{name}.layer"]
         assert len(layers) == 2 * 5
-        assert set(layers["layer"]) == {"1", "3"}
+        assert set(layers["layer"]) == {"fc1", "fc2"}

@@ -22,9 +22,9 @@ def seeded(seed: int) -> torch.Generator:
 @pytest.mark.parametrize(
     ("model", "layers"),
     [
-        ("lenet", ["0", "2", "4"]),  # its three convolutions
-        ("alexnet(hidden=8)", ["6", "8", "10"]),  # the last three of five
-        ("mlp(hidden=8-8-8)", ["1", "3", "5", "7"]),  # all of them
+        ("lenet", ["conv1", "conv2", "conv3"]),  # its three convolutions
+        ("alexnet(hidden=8)", ["conv3", "conv4", "conv5"]),  # the last three of five
+        ("mlp(hidden=8-8-8)", ["fc1", "fc2", "fc3", "fc4"]),  # all of them
     ],
 )
 def test_the_papers_layers_are_watched_by_default(model: str, layers: list[str]) -> None:
@@ -38,23 +38,23 @@ def test_the_papers_layers_are_watched_by_default(model: str, layers: list[str])
 
 def test_layers_are_chosen_by_kind_or_name_and_frozen_ones_never() -> None:
     model = build_model("alexnet(hidden=8)", RGB, 10, 0)
-    assert list(watched_layers(model, "conv")) == ["0", "3", "6", "8", "10"]
-    assert list(watched_layers(model, "14+0")) == ["14", "0"]
+    assert list(watched_layers(model, "conv")) == ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    assert list(watched_layers(model, "fc1+conv1")) == ["fc1", "conv1"]
     assert len(watched_layers(model, "all")) == 7
-    model[10].requires_grad_(False)
-    assert list(watched_layers(model)) == ["3", "6", "8"]
-    with pytest.raises(ValueError, match=r"layers must be auto, conv, all .* got '10': choose from 0, 3"):
-        watched_layers(model, "10")
+    model.conv5.requires_grad_(False)
+    assert list(watched_layers(model)) == ["conv2", "conv3", "conv4"]
+    with pytest.raises(ValueError, match=r"layers must be auto, conv, all .* got 'conv5': choose from conv1, conv2"):
+        watched_layers(model, "conv5")
 
 
 @pytest.mark.parametrize(
     ("model", "module", "width"),
     [
-        ("lenet", "7", 768),  # the flattened output of the convolutions
-        ("alexnet(hidden=8)", "14", 1024),  # the pooled output of the convolutions
-        ("mlp(hidden=9-8-7)", "5", 8),  # the activated output of the second of four layers
-        ("mlp(hidden=9)", "3", 9),
-        ("logistic", "1", 3072),
+        ("lenet", "fc1", 768),  # the flattened output of the convolutions
+        ("alexnet(hidden=8)", "fc1", 1024),  # the pooled output of the convolutions
+        ("mlp(hidden=9-8-7)", "fc3", 8),  # the activated output of the second of four layers
+        ("mlp(hidden=9)", "fc2", 9),
+        ("logistic", "fc1", 3072),
     ],
 )
 def test_features_are_the_papers_activations(model: str, module: str, width: int) -> None:
@@ -65,10 +65,11 @@ def test_features_are_the_papers_activations(model: str, module: str, width: int
     found = example_features(built, weights, x, module, True)
     assert found.shape == (5, width)
     built.load_state_dict(weights)
+    place = [name for name, _ in built.named_children()].index(module)
     with torch.no_grad():
-        torch.testing.assert_close(found, built[: int(module)](x))
+        torch.testing.assert_close(found, built[:place](x))
         named = example_features(built, weights, x, *feature_module(built, module))
-        torch.testing.assert_close(named, built[int(module)](built[: int(module)](x)))
+        torch.testing.assert_close(named, built[place](built[:place](x)))
 
 
 def test_features_that_cannot_be_had_are_refused() -> None:
