@@ -7,7 +7,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from fedaudit.audit.auditor import Auditor, is_due, run_measure
+from fedaudit.audit.auditor import Auditor
+from fedaudit.audit.measuring import is_due, run_measure
 from fedaudit.audit.rows import Finding
 from fedaudit.federation.setup import Setup
 from fedaudit.training.censorship import findings

@@ -12,29 +12,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fedaudit import claims
+from fedaudit.audit.attacking import run_attack
+from fedaudit.audit.measuring import is_due, run_measure
 from fedaudit.audit.rows import AuditRows, ClientFinding, Finding, Rejection
 from fedaudit.audit.secure_sum import context_of_sum
 from fedaudit.config.attack_trigger import Trigger
 from fedaudit.errors import ConfigError, RunFailedError
-from fedaudit.kept_files import save_images, save_update
-from fedaudit.needs import missing
-from fedaudit.progress import announce, attacking
+from fedaudit.kept_files import save_update
+from fedaudit.progress import announce
 from fedaudit.records import AuditLog, AuditRecord
 from fedaudit.registry import ATTACKS, MEASURES
 from fedaudit.spec import parse_specs
 from fedaudit.types import (
     Attack,
     ClientUpdate,
-    Estimate,
     Guarantee,
     Measure,
     Observer,
     Oracle,
-    Reconstruction,
     RoundContext,
     Skip,
 )
@@ -42,34 +40,6 @@ from fedaudit.verification.live import Claimed, LiveVerifier
 
 logger = logging.getLogger(__name__)
 ALWAYS_ON = "cohort-gradient-uniqueness, update-norm, update-cosine"
-
-
-def is_due(round_number: int, every: int, last_round: int) -> bool:
-    """Whether a round is measured: every `every` rounds, the first and the last always.
-
-    >>> [number for number in range(1, 9) if is_due(number, 5, 8)]
-    [1, 5, 8]
-    """
-    return round_number in (1, last_round) or round_number % every == 0
-
-
-def run_measure(
-    measure: Measure, observer: Observer, updates: Sequence[ClientUpdate], ctx: RoundContext
-) -> tuple[list[Finding], float]:
-    """One finding per update (or exactly one for a round-wise measure), and the seconds they took."""
-    count = len(updates) if measure.scope == "client" else 1
-    lacking = missing(measure.needs(observer), ctx.known, ctx.summed)
-    if lacking:
-        return [Skip(lacking)] * count, 0.0
-    started = time.perf_counter()
-    try:
-        findings: list[Finding] = list(measure(updates, ctx))
-        if len(findings) != count:
-            raise RuntimeError(f"{measure.name} returned {len(findings)} estimates for {count}")
-    except Exception as error:
-        logger.warning("measure %s failed: %s", measure.name, error)
-        findings = [error] * count
-    return findings, time.perf_counter() - started
 
 
 class Auditor:
@@ -383,64 +353,6 @@ class Auditor:
     def _attack(self, attack: Attack, updates: Sequence[ClientUpdate], rows: AuditRows) -> None:
         if not updates:
             return
+        images = self.log.folder / "attacks" if self.save_images and self.log else None
         ctx = self._contexts(updates)["server"]
-        lacking = missing(attack.needs, ctx.known, ctx.summed)
-        budget = float(getattr(attack, "seconds", 0.0))
-        for number, update in enumerate(updates, 1):
-            started = time.perf_counter()
-            if lacking:
-                rows.add(f"{attack.name}.objective", "1", "server", Skip(lacking), 0.0, update)
-                continue
-            try:
-                with attacking(attack.name, update.client_id, update.round, budget) as told:
-                    found = attack.reconstruct(update, ctx)
-                    told["objective"] = found.objective
-            except Exception as error:
-                logger.warning("attack %s failed: %s", attack.name, error)
-                rows.add(
-                    f"{attack.name}.objective", "1", "server", error, time.perf_counter() - started, update
-                )
-                continue
-            seconds = time.perf_counter() - started
-            found = self._with_card(found, update, ctx)
-            limit = {"seconds-allowed": budget} if budget else {}
-            objective = Estimate(
-                found.objective, "1", "exact", extra={**found.conditions, "steps": found.steps, **limit}
-            )
-            rows.add(f"{attack.name}.objective", "1", "server", objective, seconds, update)
-            self._score(attack.name, found, update, ctx, rows)
-            announce("audit", number, len(updates), update.round, name=attack.name)
-
-    def _with_card(self, found: Reconstruction, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
-        """The reconstruction with its threat card among its conditions."""
-        from fedaudit.attacks.threat_card import threat_card
-
-        if ctx.build_model is None:
-            return found
-        with torch.random.fork_rng(devices=[]):
-            model = ctx.build_model()
-        card = threat_card(model, update, ctx, found.conditions, self.defense)
-        return replace(found, conditions={**found.conditions, **card.as_extra()})
-
-    def _score(
-        self, name: str, found: Reconstruction, update: ClientUpdate, ctx: RoundContext, rows: AuditRows
-    ) -> None:
-        """Scores against the truth: an oracle's rows, apart from the attack that must not see it."""
-        from fedaudit.attacks import scores
-        from fedaudit.audit.attack_scores import scored
-
-        if self.oracle is None:
-            if self.save_images and self.log:
-                save_images(self.log.folder / "attacks", name, found, None, update, ctx, {})
-            return
-        try:
-            truth = self.oracle.truth(update)
-            results = scores.score(found.x, found.y, truth.x, truth.y, ctx.value_range)
-            found_scores = list(scored(found, truth, update, ctx, results, perceptual=self.lpips))
-        except Exception as error:
-            rows.add(f"{name}.psnr", "dB", "oracle", error, 0.0, update)
-            return
-        for score, unit, finding in found_scores:
-            rows.add(f"{name}.{score}", unit, "oracle", finding, 0.0, update)
-        if self.save_images and self.log:
-            save_images(self.log.folder / "attacks", name, found, truth.x, update, ctx, results)
+        run_attack(attack, updates, ctx, rows, oracle=self.oracle, images=images, lpips=self.lpips)

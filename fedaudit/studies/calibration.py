@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedaudit.attacks.membership import matched_filter, membership_advantage
 from fedaudit.attacks.scores import match, psnr
-from fedaudit.audit.auditor import is_due
+from fedaudit.audit.measuring import is_due
 from fedaudit.config import RunConfig
 from fedaudit.config.texts import ints
 from fedaudit.errors import ConfigError, DataError

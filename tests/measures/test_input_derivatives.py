@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedaudit.audit.auditor import run_measure
+from fedaudit.audit.measuring import run_measure
 from fedaudit.config import RunConfig
 from fedaudit.federation.execution import execute
 from fedaudit.measures.curvature import closed_form_traces, hessian_probes, memorisation_ceiling

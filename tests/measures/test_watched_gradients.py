@@ -43,7 +43,9 @@ def test_layers_are_chosen_by_kind_or_name_and_frozen_ones_never() -> None:
     assert len(watched_layers(model, "all")) == 7
     model.conv5.requires_grad_(False)
     assert list(watched_layers(model)) == ["conv2", "conv3", "conv4"]
-    with pytest.raises(ValueError, match=r"layers must be auto, conv, all .* got 'conv5': choose from conv1, conv2"):
+    with pytest.raises(
+        ValueError, match=r"layers must be auto, conv, all .* got 'conv5': choose from conv1, conv2"
+    ):
         watched_layers(model, "conv5")
 
 
