@@ -13,7 +13,8 @@ from fedaudit.report.display import NOTHING, count, number
 from fedaudit.report.evidence import Runs, gather
 from fedaudit.report.images import Array, Recorded, picture, read_recorded, recorded_files
 from fedaudit.report.markup import bullets, mapping, paragraph, table, text
-from fedaudit.report.quantities import TABULATED, describe
+from fedaudit.report.quantities import describe
+from fedaudit.report.quantities.attack import TABULATED
 from fedaudit.report.seeds import defense_of, parse_extras, seed_of
 from fedaudit.report.tables import settings
 

@@ -19,7 +19,8 @@ from fedaudit.report.heat_map import heat_map
 from fedaudit.report.pareto import measured_against, pareto_points
 from fedaudit.report.pareto_figure import described, pareto_figure
 from fedaudit.report.provenance import audited, configuration, notices, run_list, versions
-from fedaudit.report.quantities import PRIVACY, TABULATED, describe, with_unit
+from fedaudit.report.quantities import PRIVACY, describe, with_unit
+from fedaudit.report.quantities.attack import TABULATED
 from fedaudit.report.seeds import defense_of, quantities_in, seed_of, shown_observer
 from fedaudit.report.style import only, styles, unit_of, without_legend
 from fedaudit.report.tables import comparison_table, paired_differences, problems, settings

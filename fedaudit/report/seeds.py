@@ -14,7 +14,8 @@ import pandas as pd
 from scipy import stats
 
 from fedaudit.records import AuditRecord, Run
-from fedaudit.report.quantities import BOUND, PRIVACY, describe, order
+from fedaudit.report.quantities import PRIVACY, describe, order
+from fedaudit.report.quantities.quantity import BOUND
 from fedaudit.report.variations import variation_of, varied_keys
 
 OBSERVERS = ("oracle", "client", "server")
