@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fedaudit.accounting.ledger import Entry, Ledger, check_delta, check_step
+from fedaudit.accounting.smallest_noise import smallest_noise
 from fedaudit.accounting.renyi import conversion, orders, rdp_of_step
 
 Accountant = Literal["rdp", "prv", "pld"]
@@ -71,8 +72,6 @@ def noise_multiplier_for(
     >>> round(noise_multiplier_for(2.101, 1e-5, 0.01, 1000), 2)
     1.0
     """
-    from scipy.optimize import brentq  # type: ignore[import-untyped, unused-ignore]
-
     _check_target(delta, accountant)
     check_step(1.0, sample_rate, steps)
     if not (epsilon > 0 and math.isfinite(epsilon)):
@@ -84,24 +83,21 @@ def noise_multiplier_for(
 
     # "rdp" is cheap and gives a noise multiplier that is a little too large for the other two
     start = 1.0 if accountant == "rdp" else noise_multiplier_for(epsilon, delta, sample_rate, steps, "rdp")
-    tolerance = 1e-4 if accountant == "rdp" else 1e-3
-    high = math.log(start)
-    while excess(high) > 0:
-        high += math.log(2)
-        if high > math.log(_LARGEST_NOISE):
-            raise ValueError(
-                f"no noise multiplier up to {_LARGEST_NOISE:.0e} reaches epsilon={epsilon} at delta={delta} "
-                f"after {steps} steps with accountant {accountant!r}: raise epsilon or take fewer steps"
-            )
-    low = high - math.log(2)
-    while excess(low) <= 0:
-        high, low = low, low - math.log(2)
-        if low < math.log(_SMALLEST_NOISE):  # a target this large is met by almost any noise
-            return math.exp(high)
-    root = float(brentq(excess, low, high, xtol=tolerance, rtol=1e-9))
-    while excess(root) > 0:
-        root += tolerance / 2
-    return math.exp(root)
+    found = smallest_noise(
+        excess,
+        start=start,
+        factor=2.0,
+        smallest=_SMALLEST_NOISE,  # a target met below it is met by almost any noise
+        largest=_LARGEST_NOISE,
+        tolerance=1e-4 if accountant == "rdp" else 1e-3,
+        relative_tolerance=1e-9,
+    )
+    if found is None:
+        raise ValueError(
+            f"no noise multiplier up to {_LARGEST_NOISE:.0e} reaches epsilon={epsilon} at delta={delta} "
+            f"after {steps} steps with accountant {accountant!r}: raise epsilon or take fewer steps"
+        )
+    return found
 
 
 @lru_cache(maxsize=16384)

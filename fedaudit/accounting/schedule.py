@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from functools import lru_cache
 
+from fedaudit.accounting.smallest_noise import smallest_noise
 from fedaudit.accounting.renyi import rdp_of_step
 
 _SMALLEST, _LARGEST = 1e-3, 1e7
@@ -45,8 +46,6 @@ def schedule_scale(
     >>> round(schedule_scale(7.5, (1.0, 0.5), sample_rate=1.0, steps=3, order=4.0), 3)
     2.0
     """
-    from scipy.optimize import brentq  # type: ignore[import-untyped, unused-ignore]
-
     if not budget > 0:
         raise ValueError(f"a budget must be > 0, got {budget}: nothing can be released")
 
@@ -54,17 +53,15 @@ def schedule_scale(
         cost = schedule_cost(math.exp(log_scale), relative, sample_rate, steps, order)
         return math.log(max(cost, 1e-300) / budget)
 
-    high = 0.0
-    while excess(high) > 0:
-        high += math.log(4)
-        if high > math.log(_LARGEST):
-            raise ValueError(f"no noise multiplier up to {_LARGEST:.0e} meets a budget of {budget}: raise it")
-    low = high - math.log(4)
-    while excess(low) <= 0:
-        high, low = low, low - math.log(4)
-        if low < math.log(_SMALLEST):  # a budget this large is met by almost any noise
-            return math.exp(high)
-    root = float(brentq(excess, low, high, xtol=_TOLERANCE, rtol=1e-12))
-    while excess(root) > 0:
-        root += _TOLERANCE / 2
-    return math.exp(root)
+    found = smallest_noise(
+        excess,
+        start=1.0,
+        factor=4.0,
+        smallest=_SMALLEST,  # a budget met below it is met by almost any noise
+        largest=_LARGEST,
+        tolerance=_TOLERANCE,
+        relative_tolerance=1e-12,
+    )
+    if found is None:
+        raise ValueError(f"no noise multiplier up to {_LARGEST:.0e} meets a budget of {budget}: raise it")
+    return found

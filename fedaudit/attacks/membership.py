@@ -173,7 +173,7 @@ def membership_advantage(scores: Tensor, inside: Tensor) -> Tensor:
             f"{tuple(inside.shape)}, in {inside.sum(0).tolist()} of {len(inside)}: draw more repetitions"
         )
     found = []
-    for column, member in zip(scores.T.double(), inside.T, strict=True):
-        differences = column[member][:, None] - column[~member][None]
-        found.append(differences.sign().mean())
+    for column, member in zip(scores.T.double().cpu(), inside.T.cpu(), strict=True):
+        above, _ = placements(column[member], column[~member])
+        found.append(2 * above.mean() - 1)
     return torch.stack(found)

@@ -97,10 +97,7 @@ def auc(
     _check_level(level)
     inside, outside = _sides(scores, members)
     m, n = len(inside), len(outside)
-    ranks = torch.from_numpy(rankdata(torch.cat([inside, outside]).numpy())).double()
-    own = [torch.from_numpy(rankdata(side.numpy())).double() for side in (inside, outside)]
-    above = (ranks[:m] - own[0]) / n  # share of non-members below each member
-    below = 1 - (ranks[m:] - own[1]) / m  # share of members above each non-member
+    above, below = placements(inside, outside)
     value = float(above.mean())
     if value in (0.0, 1.0):
         pairs = min(m, n) if clusters is None else _complete(clusters, members)
@@ -113,6 +110,20 @@ def auc(
     spread = math.sqrt(float(above.var() / m + below.var() / n))
     reach = float(norm.ppf((1 + level) / 2)) * spread
     return Rate(value, max(0.0, value - reach), min(1.0, value + reach))
+
+
+def placements(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of non-members below each member (m,), and of members above each non-member (n,).
+
+    Ties count half; the mean of either is the area under the curve. Scores are float64 on the CPU.
+
+    >>> placements(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 3.0]))[0].tolist()
+    [0.5, 1.0]
+    """
+    m, n = len(inside), len(outside)
+    ranks = torch.from_numpy(rankdata(torch.cat([inside, outside]).numpy())).double()
+    own = [torch.from_numpy(rankdata(side.numpy())).double() for side in (inside, outside)]
+    return (ranks[:m] - own[0]) / n, 1 - (ranks[m:] - own[1]) / m
 
 
 def true_positives_at(

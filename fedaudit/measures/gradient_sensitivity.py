@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.cohort import same_weights
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.probes import (
@@ -65,9 +66,7 @@ class GradientSensitivity:
     observers: ClassVar[tuple[Observer, ...]] = ("server", "client", "oracle")
 
     def __post_init__(self) -> None:
-        for option, least in (("probes", MINIMUM_PROBES), ("examples", 1)):
-            if getattr(self, option) < least:
-                raise ValueError(f"{option} must be at least {least}, got {getattr(self, option)}: raise it")
+        check_at_least(self, probes=MINIMUM_PROBES, examples=1)
 
     def needs(self, observer: Observer) -> Needs:
         """The model and examples: the client's own, or a server's reference."""

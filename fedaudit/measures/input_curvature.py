@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.cohort import same_weights
 from fedaudit.measures.curvature import STEP, closed_form_traces, hessian_probes, memorisation_ceiling
 from fedaudit.measures.draws import generator_for
@@ -74,9 +75,7 @@ class InputCurvature:
     observers: ClassVar[tuple[Observer, ...]] = ("server", "client", "oracle")
 
     def __post_init__(self) -> None:
-        for option, least in (("probes", MINIMUM_PROBES), ("examples", 1), ("chunk", 1)):
-            if getattr(self, option) < least:
-                raise ValueError(f"{option} must be at least {least}, got {getattr(self, option)}: raise it")
+        check_at_least(self, probes=MINIMUM_PROBES, examples=1, chunk=1)
         for option, allowed in (
             ("variant", ("trace", "trace-squared", "norm")),
             ("at", ("before", "after")),

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.batch_critic import (
     BatchCritic,
     Pool,
@@ -120,19 +121,7 @@ class MutualInformation:
     observers: ClassVar[tuple[Observer, ...]] = ("client", "oracle", "server")
 
     def __post_init__(self) -> None:
-        smallest = {
-            "pairs": 2,
-            "candidates": 2,
-            "batch": 0,
-            "steps": 0,
-            "hidden": 1,
-            "dims": 1,
-            "permutations": 1,
-            "examples": MINIMUM_EXAMPLES,
-        }
-        for option, least in smallest.items():
-            if getattr(self, option) < least:
-                raise ValueError(f"{option} must be at least {least}, got {getattr(self, option)}: raise it")
+        check_at_least(self, pairs=2, candidates=2, batch=0, steps=0, hidden=1, dims=1, permutations=1, examples=MINIMUM_EXAMPLES)
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}: use e.g. 0.003")
 

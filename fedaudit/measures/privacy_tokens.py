@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.batch_pools import no_batch_of_sum, split_examples
 from fedaudit.measures.cohort import by_weights
 from fedaudit.measures.draws import generator_for
@@ -127,22 +128,7 @@ class PrivacyTokens:
             raise ValueError(
                 f"extractor must be autoencoder or transformer, got {self.extractor!r}: choose one"
             )
-        smallest = {
-            "steps": 0,
-            "batch": 0,
-            "batches": 4,
-            "candidates": 4,
-            "examples": MINIMUM_EXAMPLES,
-            "coordinates": 0,
-            "local_steps": 0,
-            "hidden": 1,
-            "latent": 1,
-            "permutations": 1,
-        }
-        for option, least in smallest.items():
-            if getattr(self, option) < least:
-                shown = option.replace("_", "-")
-                raise ValueError(f"{shown} must be at least {least}, got {getattr(self, option)}: raise it")
+        check_at_least(self, steps=0, batch=0, batches=4, candidates=4, examples=MINIMUM_EXAMPLES, coordinates=0, local_steps=0, hidden=1, latent=1, permutations=1)
         if not (self.lr > 0 and self.extractor_lr > 0 and 0 < self.share <= 1):
             raise ValueError(
                 "lr and extractor-lr must be positive and share inside (0, 1], "

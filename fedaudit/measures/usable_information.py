@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from fedaudit.measures.options import check_at_least
 from fedaudit.maths.linear_probes import LogisticProbe, RidgeDecoder, fit_logistic, fit_ridge, log_ratio
 from fedaudit.measures.attributes import check_attribute, follows_label, latent_attribute
 from fedaudit.measures.draws import generator_for
@@ -224,12 +225,7 @@ class UsableInformation:
         if self.target not in _NAMES:
             raise ValueError(f"target is input or attribute, got {self.target!r}: choose one")
         check_attribute(self.attribute)
-        least = {"batch": 1, "dims": 1, "examples": MINIMUM_EXAMPLES, "chunk": 1}
-        for option, smallest in least.items():
-            if getattr(self, option) < smallest:
-                raise ValueError(
-                    f"{option} must be at least {smallest}, got {getattr(self, option)}: raise it"
-                )
+        check_at_least(self, batch=1, dims=1, examples=MINIMUM_EXAMPLES, chunk=1)
         self.name = _NAMES[self.target]
 
     def needs(self, observer: Observer) -> Needs:
