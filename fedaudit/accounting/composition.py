@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fedaudit.accounting.ledger import Entry, Ledger, check_delta, check_step
-from fedaudit.accounting.smallest_noise import smallest_noise
 from fedaudit.accounting.renyi import conversion, orders, rdp_of_step
+from fedaudit.accounting.smallest_noise import smallest_noise
 
 Accountant = Literal["rdp", "prv", "pld"]
 

@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from functools import lru_cache
 
-from fedaudit.accounting.smallest_noise import smallest_noise
 from fedaudit.accounting.renyi import rdp_of_step
+from fedaudit.accounting.smallest_noise import smallest_noise
 
 _SMALLEST, _LARGEST = 1e-3, 1e7
 _TOLERANCE = 1e-6

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedaudit.attacks.roc import placements
+
 VARIANCE_FLOOR = 1e-8
 """Added to the variance over other clients, as in the reference implementation of FedMIA."""
 

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedaudit.measures.options import check_at_least
 from fedaudit.measures.cohort import same_weights
 from fedaudit.measures.draws import generator_for
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.probes import (
     MINIMUM_PROBES,
     ProbeMean,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedaudit.measures.options import check_at_least
 from fedaudit.measures.cohort import same_weights
 from fedaudit.measures.curvature import STEP, closed_form_traces, hessian_probes, memorisation_ceiling
 from fedaudit.measures.draws import generator_for
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.piecewise_linear import curved_module
 from fedaudit.measures.probes import (
     MINIMUM_PROBES,

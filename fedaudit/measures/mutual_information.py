@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedaudit.measures.options import check_at_least
 from fedaudit.measures.batch_critic import (
     BatchCritic,
     Pool,
@@ -34,6 +33,7 @@ from fedaudit.measures.mi_bounds import (
     infonce,
     top1_accuracy,
 )
+from fedaudit.measures.options import check_at_least
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Estimate, Observer, RoundContext, Skip, StepRelease
 
@@ -121,7 +121,17 @@ class MutualInformation:
     observers: ClassVar[tuple[Observer, ...]] = ("client", "oracle", "server")
 
     def __post_init__(self) -> None:
-        check_at_least(self, pairs=2, candidates=2, batch=0, steps=0, hidden=1, dims=1, permutations=1, examples=MINIMUM_EXAMPLES)
+        check_at_least(
+            self,
+            pairs=2,
+            candidates=2,
+            batch=0,
+            steps=0,
+            hidden=1,
+            dims=1,
+            permutations=1,
+            examples=MINIMUM_EXAMPLES,
+        )
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}: use e.g. 0.003")
 

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedaudit.measures.options import check_at_least
 from fedaudit.measures.batch_pools import no_batch_of_sum, split_examples
 from fedaudit.measures.cohort import by_weights
 from fedaudit.measures.draws import generator_for
@@ -20,6 +19,7 @@ from fedaudit.measures.mi_bounds import (
     permutation_p_value,
     top1_accuracy,
 )
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.token_critic import EXTRACTOR_LR, LR, SHARE, TokenCritic, Trained, train_and_validate
 from fedaudit.measures.token_networks import HIDDEN, LATENT, Extractor, training_bytes
 from fedaudit.measures.token_pairs import TokenPairs, draw_batches, one_party, standardised
@@ -128,7 +128,19 @@ class PrivacyTokens:
             raise ValueError(
                 f"extractor must be autoencoder or transformer, got {self.extractor!r}: choose one"
             )
-        check_at_least(self, steps=0, batch=0, batches=4, candidates=4, examples=MINIMUM_EXAMPLES, coordinates=0, local_steps=0, hidden=1, latent=1, permutations=1)
+        check_at_least(
+            self,
+            steps=0,
+            batch=0,
+            batches=4,
+            candidates=4,
+            examples=MINIMUM_EXAMPLES,
+            coordinates=0,
+            local_steps=0,
+            hidden=1,
+            latent=1,
+            permutations=1,
+        )
         if not (self.lr > 0 and self.extractor_lr > 0 and 0 < self.share <= 1):
             raise ValueError(
                 "lr and extractor-lr must be positive and share inside (0, 1], "

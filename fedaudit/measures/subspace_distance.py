@@ -18,10 +18,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedaudit.measures.options import check_at_least
 from fedaudit.measures.attributes import check_attribute, follows_label, latent_attribute
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.layer_coordinates import layer_coordinates
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.principal_angles import (
     angles_between,
     disjoint_pools,
@@ -204,7 +204,9 @@ class SubspaceDistance:
 
     def __post_init__(self) -> None:
         check_attribute(self.attribute)
-        check_at_least(self, k=1, batches=self.k, batch=1, repetitions=2, chunk=1, examples=4 * max(self.k, self.batch))
+        check_at_least(
+            self, k=1, batches=self.k, batch=1, repetitions=2, chunk=1, examples=4 * max(self.k, self.batch)
+        )
 
     def needs(self, observer: Observer) -> Needs:
         """Examples, the model, and how a single client's step is released."""

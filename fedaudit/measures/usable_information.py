@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fedaudit.measures.options import check_at_least
 from fedaudit.maths.linear_probes import LogisticProbe, RidgeDecoder, fit_logistic, fit_ridge, log_ratio
 from fedaudit.measures.attributes import check_attribute, follows_label, latent_attribute
 from fedaudit.measures.draws import generator_for
 from fedaudit.measures.layer_coordinates import layer_coordinates
+from fedaudit.measures.options import check_at_least
 from fedaudit.measures.released_directions import (
     batch_members,
     direction_features,
