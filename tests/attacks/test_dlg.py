@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedaudit.attacks import dlg
-from fedaudit.attacks.dlg import DLG, Match, match_gradient
+from fedaudit.attacks.dlg import DLG, Match, match_gradient, match_gradients
 from fedaudit.attacks.scores import score
 from fedaudit.data.embedded import patches
 from fedaudit.models import build_model
@@ -130,7 +130,7 @@ def test_restarts_are_selected_by_the_objective_without_access_to_the_truth(
         objective = next(objectives)
         return Match(next(inputs), y, objective, objective, 7, False)
 
-    monkeypatch.setattr(dlg, "match_gradient", ends)
+    monkeypatch.setattr(dlg, "match_gradients", ends)
     found = DLG(restarts=3).reconstruct(one_step(small_net, x, y), context(small_net, x, evidence=forbidden))
     assert found.objective == 0.2
     assert torch.equal(found.x, torch.zeros_like(x))
@@ -236,9 +236,9 @@ def test_a_batch_norm_gradient_fits_the_truth_only_in_the_mode_it_was_made_in(
     def at_the_truth(
         model: nn.Module, loss: Loss, gradient: Mapping[str, Tensor], *_: Tensor, **__: float
     ) -> Match:
-        return match_gradient(model, loss, gradient, x, y, deadline=0.0)
+        return match_gradients(model, loss, gradient, x[None], y[None], deadline=0.0)
 
-    monkeypatch.setattr(dlg, "match_gradient", at_the_truth)
+    monkeypatch.setattr(dlg, "match_gradients", at_the_truth)
     assert DLG(mode="train").reconstruct(update, ctx).conditions["converged"]
     assert float(DLG(mode="eval").reconstruct(update, ctx).conditions["relative-objective"]) > 0.01
 
