@@ -3,6 +3,7 @@
     python -m benchmarks.attacks                      four minutes of one core, seven of a busy one
     python -m benchmarks.attacks --size smoke         seconds: does it run?
     python -m benchmarks.attacks --part large         the 2.9M ConvNet alone, an hour of one core
+    python -m benchmarks.attacks --part dlg           DLG beside breaching's on 20 images, ten minutes
     python -m benchmarks.attacks --size full --device cuda
 
 The images are the first ten of a seeded permutation of the embedded 32x32 patches, fixed before any result
@@ -12,6 +13,9 @@ the budget, not by what the update gives away; `full` has the published numbers 
 `speed` compares restarts x iterations per second with breaching 0.1.2
 (`pip install breaching==0.1.2 hydra-core`, needed here only), on the same images, model, loss and settings,
 one after the other in turns, on one thread; without it that part is left out and says so.
+`dlg` gives breaching's `deepleakage` preset the processor time that `dlg` took on the same image: new starts
+until the time is over, the lowest objective of its own decides. Both optimise the label with the image, and
+neither is told it.
 """
 
 import argparse
@@ -60,6 +64,7 @@ class Size:
         large_iterations: of Inverting Gradients on the 2.9M ConvNet; 0 leaves it out.
         ladder: iterations of Inverting Gradients on the 2.9M ConvNet in the part `large`.
         ladder_groups: batches of one, four and eight images it attacks there.
+        victims: images in the part `dlg`.
         speed_iterations: of each timed piece; a quarter of it on the ConvNet.
         turns: how often each contestant is timed.
     """
@@ -76,14 +81,15 @@ class Size:
     large_iterations: int = 150
     ladder: int = 600
     ladder_groups: tuple[int, ...] = (4, 1, 1)
+    victims: int = 20
     speed_iterations: int = 40
     turns: int = 3
 
 
 SIZES = {
-    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, (1, 1, 1), 2, 1),
+    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, (1, 1, 1), 1, 2, 1),
     "default": Size(),
-    "full": Size(0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 24_000, (10, 3, 2), 100, 5),
+    "full": Size(0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 24_000, (10, 3, 2), 20, 100, 5),
 }
 
 
@@ -203,6 +209,116 @@ def large(size: Size, device: str) -> Iterator[dict[str, Any]]:
         yield cell(ig, "convnet", groups(batch, most), device)
 
 
+def victim(k: int) -> tuple[Tensor, Tensor, Build]:
+    """Image, label and fresh LeNet of the k-th single example; each has weights of its own."""
+
+    def build() -> nn.Module:
+        return build_model("lenet", (3, 32, 32), CLASSES, k)
+
+    return patches().x[26 * k + 7][None], torch.tensor([k % CLASSES]), build
+
+
+def dlg_alone(k: int, device: str) -> dict[str, float]:
+    """What `dlg` recovers of the k-th victim from one step, and the seconds it takes."""
+    x, y, build = victim(k)
+    ctx = RoundContext(
+        round=1,
+        build_model=build,
+        loss=sum_loss,
+        lr=LR,
+        local_steps=1,
+        batch_size=1,
+        input_shape=(3, 32, 32),
+        num_classes=CLASSES,
+        seed=k,
+        device=device,
+    )
+    begin = time.process_time()
+    found = ATTACKS.build(parse_spec("dlg")).reconstruct(train(build, x, y, 1, LR), ctx)
+    seconds = time.process_time() - begin
+    scores = score(found.x, found.y, x, y)
+    return {"psnr": scores["psnr"], "labels": scores["label_accuracy"], "seconds": seconds}
+
+
+class OutOfTime(KeyboardInterrupt):
+    """Ends breaching's optimisation, which answers an interruption with the best it has."""
+
+
+def breaching_dlg(k: int, seconds: float, device: str) -> dict[str, float]:
+    """What breaching's `deepleakage` recovers of the same victim in these processor seconds."""
+    import breaching
+    from omegaconf import OmegaConf
+
+    folder = Path(breaching.__file__).parent / "config" / "attack"
+    names = ("_default_optimization_attack", "deepleakage")
+    config = OmegaConf.merge(*(OmegaConf.load(folder / f"{name}.yaml") for name in names))
+    x, y, build = victim(k)
+    model = build().to(device)
+    gradient = train(build, x, y, 1, LR).gradient(RoundContext(round=1, lr=LR, local_steps=1))
+    end = time.process_time() + seconds
+
+    class Watched(nn.CrossEntropyLoss):
+        def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            if time.process_time() > end:
+                raise OutOfTime
+            return super().forward(outputs, labels)
+
+    setup = {"dtype": torch.float, "device": torch.device(device)}
+    metadata = Metadata()
+    payload = [{"parameters": [p.detach() for p in model.parameters()], "buffers": [], "metadata": metadata}]
+    unknown = {"labels": None, "num_data_points": 1, "local_hyperparams": None}
+    shared = [{"gradients": [g.to(device) for g in gradient.values()], "buffers": None, "metadata": unknown}]
+    best, image, trials = float("inf"), torch.zeros_like(x), 0
+    torch.manual_seed(k)  # breaching draws its starts from the global generator
+    while time.process_time() < end:
+        attacker = breaching.attacks.prepare_attack(model, Watched(), config, setup)
+        try:
+            found, stats = attacker.reconstruct(payload, shared, {})
+        except OutOfTime:  # between its trial and its score
+            break
+        trials += 1
+        values = [v for v in stats["Trial_0_Val"] if v == v] if "Trial_0_Val" in stats else []
+        if values and min(values) < best:
+            best, image = min(values), found["data"].cpu()
+    return {"psnr": score(image.nan_to_num(0), y, x, y)["psnr"], "starts": trials, "objective": best}
+
+
+class Metadata(dict[str, Any]):
+    """What breaching reads of a data set, by key or as an attribute."""
+
+    shape, modality, classes, mean, std = (3, 32, 32), "vision", CLASSES, (0.0,) * 3, (1.0,) * 3
+
+    def __init__(self) -> None:
+        super().__init__(task="classification", modality="vision", classes=CLASSES)
+
+
+def duel(size: Size, device: str) -> Iterator[dict[str, Any]]:
+    """DLG and breaching's on single images, the same processor time for each."""
+    from fedaudit.vision import import_torchvision
+
+    import_torchvision()
+    for k in range(size.victims):
+        mine = dlg_alone(k, device)
+        row = {"image": 26 * k + 7, "dlg": mine, "breaching": breaching_dlg(k, mine["seconds"], device)}
+        print(row, flush=True)
+        yield row
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts above 30 dB and PSNR of both."""
+    found: dict[str, Any] = {}
+    for name in ("dlg", "breaching"):
+        decibels = [row[name]["psnr"] for row in rows]
+        found[name] = {
+            "above-30-dB": sum(value > 30 for value in decibels),
+            "of": len(rows),
+            "psnr-mean": round(statistics.fmean(decibels), 2),
+            "psnr-min": round(min(decibels), 2),
+            "psnr-max": round(max(decibels), 2),
+        }
+    return found
+
+
 def ours(model: str, batch: int, restarts: int, iterations: int, device: str) -> float:
     """Restarts x iterations per second of Inverting Gradients."""
     settings = f"restarts={restarts}, iterations={iterations}, tv=0.2, halve=false, labels=known"
@@ -272,7 +388,7 @@ def main() -> None:
     """Run both parts and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument("--part", choices=("both", "table", "speed", "large"), default="both")
+    parser.add_argument("--part", choices=("both", "table", "speed", "large", "dlg"), default="both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--packages", type=Path, help="folder that holds breaching, if it is not installed")
     parser.add_argument("--output", type=Path)
@@ -291,6 +407,12 @@ def main() -> None:
         for row in large(size, options.device):
             results["table"].append(row)
             keep("attacks_convnet", results, options.output)  # an hour's work is not lost half-way
+        return
+    if options.part == "dlg":
+        results["images"] = []
+        for row in duel(size, options.device):
+            results["images"].append(row)
+            keep("attacks_dlg", results | {"summary": summary(results["images"])}, options.output)
         return
     if options.part != "table":
         results["speed"] = speed(size, options.device)

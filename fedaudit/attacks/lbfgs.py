@@ -1,7 +1,7 @@
 """L-BFGS on several independent problems whose functions are evaluated together.
 
-Every problem has a history, a step length and a line search of its own. A problem is a coroutine that asks for
-the value and the slope at one point; a round answers all that are still running in one call, which may be
+Every problem has a history, a step length and a line search of its own. A problem is a coroutine that asks
+for the value and the slope at one point; a round answers all that are still running in one call, which may be
 vectorised. What a problem does therefore depends neither on how many others run nor on which of them end.
 """
 
@@ -213,7 +213,8 @@ class _Memory:
             inner @ inside - (turns @ slope).unsqueeze(1)
         )
         outside = torch.linalg.solve_triangular(right.T, outside, upper=False)
-        return scale * (slope - inside.squeeze(1) @ turns) + outside.squeeze(1) @ steps
+        product: Tensor = scale * (slope - inside.squeeze(1) @ turns) + outside.squeeze(1) @ steps
+        return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +265,7 @@ def _line_search(
 
 
 def _cubic(a: _Trial, b: _Trial) -> float:
-    """Minimiser of the cubic through two values and slopes (Nocedal, Wright, equation 3.59), or the middle."""
+    """Minimiser of the cubic through two values and slopes (Nocedal, Wright, eq. 3.59), or the middle."""
     reach = b.length - a.length
     d1 = a.along + b.along - 3 * (b.value - a.value) / reach
     square = d1 * d1 - a.along * b.along

@@ -176,7 +176,7 @@ def descend_quasi_newton(
     evaluate = _Evaluation(objective, one_by_one or objective, together)
 
     def unpacked(points: Tensor) -> list[Tensor]:
-        pieces = points.split(sizes, dim=1)
+        pieces = torch.split(points, sizes, dim=1)
         return [p.reshape(len(points), *shape) for p, shape in zip(pieces, shapes, strict=True)]
 
     def asked(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,10 @@ class _Evaluation:
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 if self._worked:  # it worked before, so the model is not to blame
                     raise
-                self.together, self.hindrance = False, f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                self.together, self.hindrance = (
+                    False,
+                    f"{type(error).__name__}: {error}".splitlines()[0][:160],
+                )
                 _log.info("restarts run one after the other: %s", self.hindrance)
         return _in_turn(self.one_by_one, variables, given)
 
