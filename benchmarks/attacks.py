@@ -3,6 +3,7 @@
     python -m benchmarks.attacks                      four minutes of one core, seven of a busy one
     python -m benchmarks.attacks --size smoke         seconds: does it run?
     python -m benchmarks.attacks --part large         the 2.9M ConvNet alone, an hour of one core
+    python -m benchmarks.attacks --part steps         several local steps, and L-BFGS, five minutes
     python -m benchmarks.attacks --part dlg           DLG beside breaching's on 20 images, ten minutes
     python -m benchmarks.attacks --size full --device cuda
 
@@ -65,6 +66,7 @@ class Size:
         ladder: iterations of Inverting Gradients on the 2.9M ConvNet in the part `large`.
         ladder_groups: batches of one, four and eight images it attacks there.
         victims: images in the part `dlg`.
+        steps_iterations: of L-BFGS in the part `steps`, for four images.
         speed_iterations: of each timed piece; a quarter of it on the ConvNet.
         turns: how often each contestant is timed.
     """
@@ -82,14 +84,17 @@ class Size:
     ladder: int = 600
     ladder_groups: tuple[int, ...] = (4, 1, 1)
     victims: int = 20
+    steps_iterations: int = 1200
     speed_iterations: int = 40
     turns: int = 3
 
 
 SIZES = {
-    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, (1, 1, 1), 1, 2, 1),
+    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, (1, 1, 1), 1, 8, 2, 1),
     "default": Size(),
-    "full": Size(0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 24_000, (10, 3, 2), 20, 100, 5),
+    "full": Size(
+        0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 24_000, (10, 3, 2), 20, 10_000, 100, 5
+    ),
 }
 
 
@@ -112,12 +117,12 @@ def sum_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels, reduction="sum")
 
 
-def train(build: Build, x: Tensor, y: Tensor, batch: int, lr: float) -> ClientUpdate:
-    """One local epoch of plain SGD in order."""
+def train(build: Build, x: Tensor, y: Tensor, batch: int, lr: float, epochs: int = 1) -> ClientUpdate:
+    """Local epochs of plain SGD, each in the same order."""
     model = build()
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
+    for inputs, labels in epochs * list(zip(x.split(batch), y.split(batch), strict=True)):
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
@@ -126,7 +131,7 @@ def train(build: Build, x: Tensor, y: Tensor, batch: int, lr: float) -> ClientUp
 
 
 def attack(
-    spec: str, model: str, chosen: Sequence[int], batch: int, lr: float, device: str
+    spec: str, model: str, chosen: Sequence[int], batch: int, lr: float, device: str, epochs: int = 1
 ) -> dict[str, float]:
     """Scores of one attack on one update, and its seconds."""
     x, y = images()[list(chosen)], torch.tensor(list(chosen)) % CLASSES
@@ -134,7 +139,7 @@ def attack(
     def build() -> nn.Module:
         return build_model(model, (3, 32, 32), CLASSES, SEED)
 
-    steps = -(-len(x) // batch)
+    steps = epochs * -(-len(x) // batch)
     ctx = RoundContext(
         round=1,
         build_model=build,
@@ -148,7 +153,7 @@ def attack(
         device=device,
     )
     begin = time.process_time() if device == "cpu" else time.perf_counter()
-    found = ATTACKS.build(parse_spec(spec)).reconstruct(train(build, x, y, batch, lr), ctx)
+    found = ATTACKS.build(parse_spec(spec)).reconstruct(train(build, x, y, batch, lr, epochs), ctx)
     end = time.process_time() if device == "cpu" else time.perf_counter()
     scores = score(found.x, found.y, x, y)
     return {"psnr": scores["psnr"], "labels": scores["label_accuracy"], "seconds": end - begin}
@@ -157,16 +162,22 @@ def attack(
 def cell(
     spec: str, model: str, batches: Sequence[Sequence[int]], device: str, **local: Any
 ) -> dict[str, Any]:
-    """One row of the table: PSNR over batches, mean over a batch's images first."""
-    found = [
-        attack(spec, model, chosen, local.get("batch", len(chosen)), local.get("lr", LR), device)
-        for chosen in batches
-    ]
+    """One row of the table: PSNR over batches, mean over a batch's images first.
+
+    "KNOWN" in the attack's options stands for the labels of each batch.
+    """
+    epochs = local.get("epochs", 1)
+    found = []
+    for chosen in batches:
+        known = spec.replace("KNOWN", f"labels=known, classes={'-'.join(str(i % CLASSES) for i in chosen)}")
+        batch, lr = local.get("batch", len(chosen)), local.get("lr", LR)
+        found.append(attack(known, model, chosen, batch, lr, device, epochs))
     decibels = [one["psnr"] for one in found]
     row = {
         "attack": spec,
         "model": model,
-        "local-steps": -(-len(batches[0]) // local.get("batch", len(batches[0]))),
+        "local-steps": epochs * -(-len(batches[0]) // local.get("batch", len(batches[0]))),
+        "local-epochs": epochs,
         "images-per-step": local.get("batch", len(batches[0])),
         "updates": len(batches),
         "psnr-mean": round(statistics.fmean(decibels), 2),
@@ -207,6 +218,26 @@ def large(size: Size, device: str) -> Iterator[dict[str, Any]]:
     yield cell(f"dlg(restarts=1, iterations={-(-size.ladder // 20)})", "convnet", groups(1, 1), device)
     for batch, most in zip((1, 4, 8), size.ladder_groups, strict=True):
         yield cell(ig, "convnet", groups(batch, most), device)
+
+
+def several_steps(size: Size, device: str) -> Iterator[dict[str, Any]]:
+    """Rows for FedAvg updates of two images a step, and for the same optimiser on single gradients.
+
+    Four images in two epochs of two steps: every batch of four. Then eight images in one epoch of four steps.
+    """
+    count = size.steps_iterations
+    smooth = "optimizer=lbfgs, objective=euclidean, precision=double, restarts=1, anneal=4, tv=0.03"
+    fixed = f"local-steps({smooth}, iterations={count}, epoch-order=fixed, KNOWN)"
+    local: dict[str, Any] = {"batch": 2, "lr": 0.01}
+    yield cell(fixed, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    adam = f"local-steps(restarts={size.restarts}, iterations={size.iterations}, KNOWN)"
+    yield cell(adam, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    short = f"local-steps({smooth}, iterations={-(-count // 2)}, KNOWN)"
+    yield cell(short, "lenet", groups(8, 1), device, **local)
+    yield cell(short, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    single = f"inverting-gradients({smooth}, iterations={-(-count // 2)})"
+    for batch in (1, 4, 8):
+        yield cell(single, "lenet", groups(batch, size.groups), device)
 
 
 def victim(k: int) -> tuple[Tensor, Tensor, Build]:
@@ -388,7 +419,7 @@ def main() -> None:
     """Run both parts and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument("--part", choices=("both", "table", "speed", "large", "dlg"), default="both")
+    parser.add_argument("--part", choices=("both", "table", "speed", "large", "steps", "dlg"), default="both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--packages", type=Path, help="folder that holds breaching, if it is not installed")
     parser.add_argument("--output", type=Path)
@@ -402,11 +433,14 @@ def main() -> None:
     given = {f.name: getattr(options, f.name, None) for f in fields(Size)}
     size = replace(SIZES[options.size], **{k: v for k, v in given.items() if v is not None})
     results: dict[str, Any] = {"size": options.size, "device": options.device}
-    if options.part == "large":
+    if options.part in ("large", "steps"):
+        rows, name = (
+            (large, "attacks_convnet") if options.part == "large" else (several_steps, "attacks_steps")
+        )
         results["table"] = []
-        for row in large(size, options.device):
+        for row in rows(size, options.device):
             results["table"].append(row)
-            keep("attacks_convnet", results, options.output)  # an hour's work is not lost half-way
+            keep(name, results, options.output)  # an hour's work is not lost half-way
         return
     if options.part == "dlg":
         results["images"] = []

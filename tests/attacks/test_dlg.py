@@ -137,6 +137,45 @@ def test_restarts_are_selected_by_the_objective_without_access_to_the_truth(
     assert (found.steps, found.conditions["restarts"]) == (21, 3)
 
 
+def test_starts_side_by_side_end_where_each_ends_alone() -> None:
+    x, y = planted(2)
+    gradient = one_step(small_net, x, y).gradient(context(small_net, x))
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.5 + 0.3 * torch.randn(3, *x.shape, generator=generator, dtype=torch.float64)
+    y0 = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
+    alone = [match_gradient(small_net(), sum_loss, gradient, x0[k], y0[k], iterations=25) for k in range(3)]
+    best = match_gradients(small_net(), sum_loss, gradient, x0, y0, iterations=25)
+    lowest = min(alone, key=lambda match: match.objective)
+    assert len({match.objective for match in alone}) == 3
+    assert best.objective == pytest.approx(lowest.objective, rel=1e-4)
+    torch.testing.assert_close(best.x, lowest.x, rtol=1e-3, atol=1e-4)
+    assert best.steps == sum(match.steps for match in alone)
+
+
+def test_starts_at_once_recover_planted_examples_and_count_as_restarts() -> None:
+    x, y = planted(3)
+    found = DLG(restarts=4, at_once=4, iterations=400).reconstruct(
+        one_step(small_net, x, y), context(small_net, x)
+    )
+    assert score(found.x, found.y, x, y)["psnr"] > 30
+    assert found.conditions["restarts"] == 4
+
+
+def test_label_counts_use_the_observers_reference_data_where_idlg_uses_noise() -> None:
+    def build() -> nn.Module:
+        model = small_net()
+        with torch.no_grad():
+            model[3].weight.mul_(8)  # confident: the mean softmax of noise is not that of the client's
+        return model
+
+    x, y = planted(8)
+    update, ctx = one_step(build, x, y), replace(context(build, x), reference=(x, y))
+    counted = DLG(labels="counts", iterations=1, restarts=1).reconstruct(update, ctx)
+    guessed = DLG(labels="idlg", iterations=1, restarts=1).reconstruct(update, ctx)
+    assert torch.equal(counted.y, y.sort().values)
+    assert not torch.equal(guessed.y, y.sort().values)
+
+
 def test_no_further_start_is_made_after_an_accepted_one() -> None:
     x, y = planted(1)
     found = DLG(restarts=50, iterations=500).reconstruct(one_step(small_net, x, y), context(small_net, x))
