@@ -22,8 +22,10 @@ from fedaudit.attacks.attacked_model import (
     flat,
     forget_running_statistics,
     paired,
+    returned_model,
 )
 from fedaudit.attacks.bn_prior import bn_statistics
+from fedaudit.attacks.epoch_copies import averaged, dealt
 from fedaudit.attacks.label_strategies import Labels, labels_for
 from fedaudit.attacks.lbfgs import Quasi
 from fedaudit.attacks.local_training import epoch_batches, imagined_update
@@ -36,7 +38,6 @@ from fedaudit.attacks.priors import (
     total_variation,
 )
 from fedaudit.attacks.restarts import Descended, descend, descend_quasi_newton, start_generator
-from fedaudit.attacks.scores import match
 from fedaudit.attacks.signed_adam import Descent, Schedule, Signed
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
@@ -250,7 +251,7 @@ class _Problem:
         known = update.num_examples if update.num_examples > 0 else ctx.batch_size
         batch = min(ctx.batch_size, known)
         epochs = epoch_batches(known, ctx.batch_size, steps) if attack.unrolls else [[batch]]
-        models = [model] if len(epochs) == len(epochs[0]) == 1 else [model, _returned(model, update)]
+        models = [model] if len(epochs) == len(epochs[0]) == 1 else [model, returned_model(model, update)]
         labels = labels_for(attack.labels, attack.classes, gradient, models, sum(epochs[0]), ctx)
         bn_layers = len(batch_norms(model))
         bn = bn_statistics(model) if attack.bn else None
@@ -323,7 +324,7 @@ class _Problem:
         """
         if self.attack.labels != "known" and len(self.epochs[0]) > 1:
             order = torch.randperm(len(labels), generator=generator).to(labels.device)
-            labels = labels[order] if restart else _deal(labels, self.epochs[0])
+            labels = labels[order] if restart else dealt(labels, self.epochs[0])
         return torch.cat([labels[:n] for n in self.per_epoch])
 
     def objective(self, *, vectorisable: bool, stage: int = 0) -> Callable[..., Tensor]:
@@ -369,7 +370,7 @@ class _Problem:
         attack = self.attack
         x = self.inputs(found.variables[0]).to("cpu", torch.float32)
         y = found.given[0] if found.given else found.variables[1].argmax(dim=-1)
-        images = _averaged(list(torch.split(x, self.per_epoch)))
+        images = averaged(list(torch.split(x, self.per_epoch)))
         conditions: dict[str, float | int | str | bool] = {
             "labels": attack.labels,
             "optimizer": attack.optimizer,
@@ -391,40 +392,3 @@ class _Problem:
         elif self.steps > 1:
             conditions["warning"] = MULTI_STEP
         return Reconstruction(images, y[: len(images)].cpu(), found.objective, found.steps, conditions)
-
-
-def _returned(model: nn.Module, update: ClientUpdate) -> nn.Module:
-    """The model at the weights the client returned."""
-    after = copy.deepcopy(model)
-    state = after.state_dict()
-    with torch.no_grad():
-        for name, delta in update.delta.items():
-            if name in state:
-                state[name].add_(delta.to(state[name]))
-    return after
-
-
-def _deal(labels: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Sorted labels dealt to the batches in turn, so that every batch gets a mixture.
-
-    >>> _deal(torch.tensor([0, 0, 1, 1]), [2, 2]).tolist()
-    [0, 1, 0, 1]
-    """
-    hands: list[list[int]] = [[] for _ in sizes]
-    cards = iter(range(len(labels)))
-    while any(len(hand) < size for hand, size in zip(hands, sizes, strict=True)):
-        for hand, size in zip(hands, sizes, strict=True):
-            if len(hand) < size:
-                hand.append(next(cards))
-    order = torch.tensor(list(itertools.chain.from_iterable(hands)), device=labels.device)
-    return labels[order]
-
-
-def _averaged(epochs: list[Tensor]) -> Tensor:
-    """The first epoch's images, each averaged with its partners in the other epochs (least total MSE)."""
-    total, count = epochs[0].clone(), torch.ones(len(epochs[0]))
-    for other in epochs[1:]:
-        i, j, _ = match(other, epochs[0])
-        total[j] += other[i]
-        count[j] += 1
-    return total / count.view(-1, *[1] * (total.dim() - 1))

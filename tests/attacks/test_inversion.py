@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedaudit.attacks import inversion
-from fedaudit.attacks.inversion import MULTI_STEP, Inversion, _averaged
+from fedaudit.attacks.epoch_copies import averaged
+from fedaudit.attacks.inversion import MULTI_STEP, Inversion
 from fedaudit.attacks.inverting_gradients import InvertingGradients
 from fedaudit.attacks.local_steps import LocalSteps
 from fedaudit.attacks.scores import score
@@ -269,10 +270,10 @@ def test_annealing_divides_total_variation_by_ten_in_every_stage() -> None:
     assert attack.reconstruct(update, ctx).steps == 9
 
 
-def test_copies_of_an_epoch_are_paired_before_they_are_averaged() -> None:
+def test_copies_of_an_epoch_are_paired_before_they_areaveraged() -> None:
     x = planted(3)[0]
     shift = 0.01 * torch.ones_like(x)
-    torch.testing.assert_close(_averaged([x, (x + shift)[[2, 0, 1]], x[:2]])[2], x[2] + shift[2] / 2)
+    torch.testing.assert_close(averaged([x, (x + shift)[[2, 0, 1]], x[:2]])[2], x[2] + shift[2] / 2)
 
 
 def test_the_objective_at_the_planted_truth_is_zero_up_to_rounding() -> None:
