@@ -156,7 +156,12 @@ def attack(
     found = ATTACKS.build(parse_spec(spec)).reconstruct(train(build, x, y, batch, lr, epochs), ctx)
     end = time.process_time() if device == "cpu" else time.perf_counter()
     scores = score(found.x, found.y, x, y)
-    return {"psnr": scores["psnr"], "labels": scores["label_accuracy"], "seconds": end - begin}
+    return {
+        "psnr": scores["psnr"],
+        "labels": scores["label_accuracy"],
+        "seconds": end - begin,
+        "steps": found.steps,
+    }
 
 
 def cell(
@@ -387,6 +392,31 @@ def breaching_rate(model_spec: str, batch: int, restarts: int, iterations: int, 
     return restarts * iterations / (clock() - begin)
 
 
+def dlg_rate(batch: int, at_once: int, iterations: int, device: str) -> float:
+    """Iterations per second of eight starts of DLG, summed over starts."""
+    spec = f"dlg(restarts=8, at-once={at_once}, iterations={iterations}, halve=false, tolerance=0, accept=0)"
+    found = attack(spec, "lenet", range(batch), batch, LR, device)
+    return found["steps"] / found["seconds"]
+
+
+def dlg_speed(size: Size, device: str) -> Iterator[tuple[str, Any]]:
+    """Eight starts of DLG side by side and one after the other, in turns."""
+    iterations = size.speed_iterations
+    for batch in (1, 4):
+        pairs = [
+            [dlg_rate(batch, at_once, iterations, device) for at_once in (8, 1)] for _ in range(size.turns)
+        ]
+        together, alone = zip(*pairs, strict=True)
+        yield (
+            f"dlg, lenet, batch {batch}",
+            {
+                "eight-at-once": spread(together),
+                "one": spread(alone),
+                "ratio-to-one": spread([a / b for a, b in pairs]),
+            },
+        )
+
+
 def speed(size: Size, device: str) -> dict[str, Any]:
     """Rates of eight restarts at once, of one restart, and of breaching, in turns."""
     try:
@@ -412,7 +442,7 @@ def speed(size: Size, device: str) -> dict[str, Any]:
             "ratio-to-one": spread([a / b for a, b in zip(at_once, rates["one"], strict=True)]),
         }
         print(model, batch, found[f"{model}, batch {batch}"], flush=True)
-    return found
+    return found | dict(dlg_speed(size, device))
 
 
 def main() -> None:
