@@ -24,7 +24,8 @@ class LocalSteps(Inversion):
     iterations=1200)``. Total variation decides what the update leaves open, so that textured images come out
     worse than smooth ones.
 
-    Momentum, Adam, weight decay and Poisson batches are NOT modelled. Time and memory grow with the number of steps.
+    Momentum, Adam, weight decay and Poisson batches are NOT modelled. Time and memory grow with the
+    number of steps.
 
     Published settings: Dimitrov et al. take squared distances, Adam with step size 0.1 to 0.4, 200
     iterations, total variation 2e-4 to 1e-3, a clip penalty of 2 to 10 and known counts; Geiping et al. the
