@@ -1,4 +1,4 @@
-"""DLG and breaching's on the same single images, weights and updates, with the same processor time for each."""
+"""DLG and breaching's on the same images, weights and updates, with the same processor time for each."""
 
 import statistics
 import time
