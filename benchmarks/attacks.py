@@ -156,15 +156,17 @@ def several_steps(size: Size, device: str) -> Iterator[dict[str, Any]]:
     Four images in two epochs of two steps: every batch of four. Then eight images in one epoch of four steps.
     """
     count = size.steps_iterations
-    smooth = "optimizer=lbfgs, objective=euclidean, precision=double, restarts=1, anneal=4, tv=0.03"
+    smooth = (
+        "optimizer=lbfgs, objective=euclidean, precision=double, restarts=1, spread=0.05, anneal=3, tv=0.03"
+    )
     fixed = f"local-steps({smooth}, iterations={count}, epoch-order=fixed, KNOWN)"
     local: dict[str, Any] = {"batch": 2, "lr": 0.01}
     yield cell(fixed, "lenet", groups(4, size.groups), device, **local, epochs=2)
     adam = f"local-steps(restarts={size.restarts}, iterations={size.iterations}, KNOWN)"
     yield cell(adam, "lenet", groups(4, size.groups), device, **local, epochs=2)
-    short = f"local-steps({smooth}, iterations={-(-count // 2)}, KNOWN)"
-    yield cell(short, "lenet", groups(8, 1), device, **local)
-    yield cell(short, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    unknown = f"local-steps({smooth}, iterations={count}, epoch-prior=1, KNOWN)"
+    yield cell(unknown, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    yield cell(unknown, "lenet", groups(8, size.groups), device, **local)
     single = f"inverting-gradients({smooth}, iterations={-(-count // 2)})"
     for batch in (1, 4, 8):
         yield cell(single, "lenet", groups(batch, size.groups), device)

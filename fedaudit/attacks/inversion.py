@@ -72,6 +72,7 @@ class Inversion:
         optimizer: "signed-adam", or "lbfgs" with a line search: far faster where the model is smooth and
             the precision "double". It has no box, and uses neither `lr`, `signed`, `schedule` nor `warmup`.
         history: steps that L-BFGS remembers.
+        spread: standard deviation of the starts, in the units above; little of it helps L-BFGS.
         anneal: how often the weight of total variation is divided by ten, at even distances. The restarts
             compete in the first stage; the best of them goes through the others alone.
         objective: "cosine", "euclidean" (squared, relative) or "layer-norms" (sum of norms, relative).
@@ -105,6 +106,7 @@ class Inversion:
     iterations: int = 1000
     optimizer: Optimizer = "signed-adam"
     history: int = 100
+    spread: float = 1.0
     anneal: int = 0
     objective: Objective = "cosine"
     layer_weights: LayerWeights = "equal"
@@ -137,6 +139,8 @@ class Inversion:
         for option in ("tv", "l2", "clip", "bn", "epoch_prior", "seconds"):
             if getattr(self, option) < 0:
                 raise ValueError(f"{option} must not be negative, got {getattr(self, option)}: use 0")
+        if not self.spread > 0:
+            raise ValueError(f"spread must be positive, got {self.spread}: use e.g. 0.05")
         if self.classes and self.labels != "known":
             raise ValueError(f"classes belongs to labels=known, got labels={self.labels}: drop one")
         if not 0 <= self.anneal < self.iterations:
@@ -302,7 +306,9 @@ class _Problem:
         labels: list[Tensor] = []
         for restart in range(self.attack.restarts):
             generator = start_generator(self.attack.name, self.ctx.seed, restart)
-            inputs.append(torch.randn(count, *shape, generator=generator).to(self.sought))
+            inputs.append(
+                self.attack.spread * torch.randn(count, *shape, generator=generator).to(self.sought)
+            )
             if self.labels is None:
                 logits.append(torch.randn(count, classes, generator=generator).to(self.sought))
             else:

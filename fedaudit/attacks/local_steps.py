@@ -20,8 +20,8 @@ class LocalSteps(Inversion):
     be the same in all epochs, ``epoch-order=fixed`` shares the images instead.
 
     On smooth models L-BFGS in double precision gets much further than signs in the same time:
-    ``local-steps(optimizer=lbfgs, precision=double, objective=euclidean, restarts=1, tv=0.03, anneal=4,
-    iterations=1200)``. Total variation decides what the update leaves open, so that textured images come out
+    ``local-steps(optimizer=lbfgs, precision=double, objective=euclidean, restarts=1, spread=0.05,
+    tv=0.03, anneal=3, epoch-prior=1, iterations=1200)``. Total variation decides what the update leaves open, so that textured images come out
     worse than smooth ones.
 
     Momentum, Adam, weight decay and Poisson batches are NOT modelled. Time and memory grow with the
