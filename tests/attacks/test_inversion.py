@@ -396,8 +396,8 @@ def test_attack_errors_say_what_to_do() -> None:
         InvertingGradients(tv=-1.0)
     with pytest.raises(ValueError, match="anneal must be from 0 to iterations - 1, got 5 with 3"):
         Inversion(iterations=3, anneal=5)
-    with pytest.raises(ValueError, match="spread must be positive, got 0.0"):
-        Inversion(spread=0.0)
+    with pytest.raises(ValueError, match="spread must be positive, got 0"):
+        Inversion(spread=0)
     with pytest.raises(ValueError, match="iterations and history must be positive"):
         Inversion(history=0)
     with pytest.raises(ValueError, match="classes belongs to labels=known"):
