@@ -3,6 +3,8 @@
     python -m benchmarks.attacks                      four minutes of one core, seven of a busy one
     python -m benchmarks.attacks --size smoke         seconds: does it run?
     python -m benchmarks.attacks --part large         the 2.9M ConvNet alone, an hour of one core
+    python -m benchmarks.attacks --part steps         several local steps, and L-BFGS, five minutes
+    python -m benchmarks.attacks --part dlg           DLG beside breaching's on 20 images, ten minutes
     python -m benchmarks.attacks --size full --device cuda
 
 The images are the first ten of a seeded permutation of the embedded 32x32 patches, fixed before any result
@@ -12,35 +14,29 @@ the budget, not by what the update gives away; `full` has the published numbers 
 `speed` compares restarts x iterations per second with breaching 0.1.2
 (`pip install breaching==0.1.2 hydra-core`, needed here only), on the same images, model, loss and settings,
 one after the other in turns, on one thread; without it that part is left out and says so.
+`dlg` gives breaching's `deepleakage` preset the processor time that `dlg` took on the same image: new starts
+until the time is over, the lowest objective of its own decides. Both optimise the label with the image, and
+neither is told it.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.attack_cases import CLASSES, LR, SEED, attack, groups, images
+from benchmarks.dlg_duel import duel, summary
 from benchmarks.measurement import keep, spread
-from fedaudit.attacks.scores import score
-from fedaudit.data.embedded import patches
 from fedaudit.models.build import build_model
-from fedaudit.registry import ATTACKS
-from fedaudit.spec import parse_spec
-from fedaudit.types import ClientUpdate, RoundContext
 
-SEED = 0
-IMAGES = 10
-CLASSES = 10
-LR = 0.1
 RECOVERED = 20.0  # dB
-Build = Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,8 @@ class Size:
         large_iterations: of Inverting Gradients on the 2.9M ConvNet; 0 leaves it out.
         ladder: iterations of Inverting Gradients on the 2.9M ConvNet in the part `large`.
         ladder_groups: batches of one, four and eight images it attacks there.
+        victims: images in the part `dlg`.
+        steps_iterations: of L-BFGS in the part `steps`, for four images.
         speed_iterations: of each timed piece; a quarter of it on the ConvNet.
         turns: how often each contestant is timed.
     """
@@ -76,91 +74,40 @@ class Size:
     large_iterations: int = 150
     ladder: int = 600
     ladder_groups: tuple[int, ...] = (4, 1, 1)
+    victims: int = 20
+    steps_iterations: int = 1200
     speed_iterations: int = 40
     turns: int = 3
 
 
 SIZES = {
-    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, (1, 1, 1), 2, 1),
+    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, (1, 1, 1), 1, 8, 2, 1),
     "default": Size(),
-    "full": Size(0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 24_000, (10, 3, 2), 100, 5),
+    "full": Size(
+        0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 24_000, (10, 3, 2), 20, 10_000, 100, 5
+    ),
 }
-
-
-def images() -> Tensor:
-    """Ten natural images (10, 3, 32, 32), by recipe."""
-    data = patches()
-    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(SEED))
-    return data.x[order[:IMAGES]]
-
-
-def groups(batch: int, most: int) -> list[list[int]]:
-    """Consecutive images in batches, wrapping around, until each was used once."""
-    starts = range(0, IMAGES, batch)
-    found = [[(start + i) % IMAGES for i in range(batch)] for start in starts]
-    return found[:most] if most else found
-
-
-def sum_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, summed."""
-    return F.cross_entropy(outputs, labels, reduction="sum")
-
-
-def train(build: Build, x: Tensor, y: Tensor, batch: int, lr: float) -> ClientUpdate:
-    """One local epoch of plain SGD in order."""
-    model = build()
-    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
-        optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels).backward()
-        optimizer.step()
-    delta = {name: value.detach() - before[name] for name, value in model.state_dict().items()}
-    return ClientUpdate(0, 1, before, delta, len(x))
-
-
-def attack(
-    spec: str, model: str, chosen: Sequence[int], batch: int, lr: float, device: str
-) -> dict[str, float]:
-    """Scores of one attack on one update, and its seconds."""
-    x, y = images()[list(chosen)], torch.tensor(list(chosen)) % CLASSES
-
-    def build() -> nn.Module:
-        return build_model(model, (3, 32, 32), CLASSES, SEED)
-
-    steps = -(-len(x) // batch)
-    ctx = RoundContext(
-        round=1,
-        build_model=build,
-        loss=sum_loss,
-        lr=lr,
-        local_steps=steps,
-        batch_size=batch,
-        input_shape=(3, 32, 32),
-        num_classes=CLASSES,
-        seed=SEED,
-        device=device,
-    )
-    begin = time.process_time() if device == "cpu" else time.perf_counter()
-    found = ATTACKS.build(parse_spec(spec)).reconstruct(train(build, x, y, batch, lr), ctx)
-    end = time.process_time() if device == "cpu" else time.perf_counter()
-    scores = score(found.x, found.y, x, y)
-    return {"psnr": scores["psnr"], "labels": scores["label_accuracy"], "seconds": end - begin}
 
 
 def cell(
     spec: str, model: str, batches: Sequence[Sequence[int]], device: str, **local: Any
 ) -> dict[str, Any]:
-    """One row of the table: PSNR over batches, mean over a batch's images first."""
-    found = [
-        attack(spec, model, chosen, local.get("batch", len(chosen)), local.get("lr", LR), device)
-        for chosen in batches
-    ]
+    """One row of the table: PSNR over batches, mean over a batch's images first.
+
+    "KNOWN" in the attack's options stands for the labels of each batch.
+    """
+    epochs = local.get("epochs", 1)
+    found = []
+    for chosen in batches:
+        known = spec.replace("KNOWN", f"labels=known, classes={'-'.join(str(i % CLASSES) for i in chosen)}")
+        batch, lr = local.get("batch", len(chosen)), local.get("lr", LR)
+        found.append(attack(known, model, chosen, batch, lr, device, epochs))
     decibels = [one["psnr"] for one in found]
     row = {
         "attack": spec,
         "model": model,
-        "local-steps": -(-len(batches[0]) // local.get("batch", len(batches[0]))),
+        "local-steps": epochs * -(-len(batches[0]) // local.get("batch", len(batches[0]))),
+        "local-epochs": epochs,
         "images-per-step": local.get("batch", len(batches[0])),
         "updates": len(batches),
         "psnr-mean": round(statistics.fmean(decibels), 2),
@@ -203,6 +150,28 @@ def large(size: Size, device: str) -> Iterator[dict[str, Any]]:
         yield cell(ig, "convnet", groups(batch, most), device)
 
 
+def several_steps(size: Size, device: str) -> Iterator[dict[str, Any]]:
+    """Rows for FedAvg updates of two images a step, and for the same optimiser on single gradients.
+
+    Four images in two epochs of two steps: every batch of four. Then eight images in one epoch of four steps.
+    """
+    count = size.steps_iterations
+    smooth = (
+        "optimizer=lbfgs, objective=euclidean, precision=double, restarts=1, spread=0.05, anneal=3, tv=0.03"
+    )
+    fixed = f"local-steps({smooth}, iterations={count}, epoch-order=fixed, KNOWN)"
+    local: dict[str, Any] = {"batch": 2, "lr": 0.01}
+    yield cell(fixed, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    adam = f"local-steps(restarts={size.restarts}, iterations={size.iterations}, KNOWN)"
+    yield cell(adam, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    unknown = f"local-steps({smooth}, iterations={count}, epoch-prior=1, KNOWN)"
+    yield cell(unknown, "lenet", groups(4, size.groups), device, **local, epochs=2)
+    yield cell(unknown, "lenet", groups(8, size.groups), device, **local)
+    single = f"inverting-gradients({smooth}, iterations={-(-count // 2)})"
+    for batch in (1, 4, 8):
+        yield cell(single, "lenet", groups(batch, size.groups), device)
+
+
 def ours(model: str, batch: int, restarts: int, iterations: int, device: str) -> float:
     """Restarts x iterations per second of Inverting Gradients."""
     settings = f"restarts={restarts}, iterations={iterations}, tv=0.2, halve=false, labels=known"
@@ -240,6 +209,31 @@ def breaching_rate(model_spec: str, batch: int, restarts: int, iterations: int, 
     return restarts * iterations / (clock() - begin)
 
 
+def dlg_rate(batch: int, at_once: int, iterations: int, device: str) -> float:
+    """Iterations per second of eight starts of DLG, summed over starts."""
+    spec = f"dlg(restarts=8, at-once={at_once}, iterations={iterations}, halve=false, tolerance=0, accept=0)"
+    found = attack(spec, "lenet", range(batch), batch, LR, device)
+    return found["steps"] / found["seconds"]
+
+
+def dlg_speed(size: Size, device: str) -> Iterator[tuple[str, Any]]:
+    """Eight starts of DLG side by side and one after the other, in turns."""
+    iterations = size.speed_iterations
+    for batch in (1, 4):
+        pairs = [
+            [dlg_rate(batch, at_once, iterations, device) for at_once in (8, 1)] for _ in range(size.turns)
+        ]
+        together, alone = zip(*pairs, strict=True)
+        yield (
+            f"dlg, lenet, batch {batch}",
+            {
+                "eight-at-once": spread(together),
+                "one": spread(alone),
+                "ratio-to-one": spread([a / b for a, b in pairs]),
+            },
+        )
+
+
 def speed(size: Size, device: str) -> dict[str, Any]:
     """Rates of eight restarts at once, of one restart, and of breaching, in turns."""
     try:
@@ -265,14 +259,14 @@ def speed(size: Size, device: str) -> dict[str, Any]:
             "ratio-to-one": spread([a / b for a, b in zip(at_once, rates["one"], strict=True)]),
         }
         print(model, batch, found[f"{model}, batch {batch}"], flush=True)
-    return found
+    return found | dict(dlg_speed(size, device))
 
 
 def main() -> None:
     """Run both parts and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument("--part", choices=("both", "table", "speed", "large"), default="both")
+    parser.add_argument("--part", choices=("both", "table", "speed", "large", "steps", "dlg"), default="both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--packages", type=Path, help="folder that holds breaching, if it is not installed")
     parser.add_argument("--output", type=Path)
@@ -286,11 +280,20 @@ def main() -> None:
     given = {f.name: getattr(options, f.name, None) for f in fields(Size)}
     size = replace(SIZES[options.size], **{k: v for k, v in given.items() if v is not None})
     results: dict[str, Any] = {"size": options.size, "device": options.device}
-    if options.part == "large":
+    if options.part in ("large", "steps"):
+        rows, name = (
+            (large, "attacks_convnet") if options.part == "large" else (several_steps, "attacks_steps")
+        )
         results["table"] = []
-        for row in large(size, options.device):
+        for row in rows(size, options.device):
             results["table"].append(row)
-            keep("attacks_convnet", results, options.output)  # an hour's work is not lost half-way
+            keep(name, results, options.output)  # an hour's work is not lost half-way
+        return
+    if options.part == "dlg":
+        results["images"] = []
+        for row in duel(size.victims, options.device):
+            results["images"].append(row)
+            keep("attacks_dlg", results | {"summary": summary(results["images"])}, options.output)
         return
     if options.part != "table":
         results["speed"] = speed(size, options.device)

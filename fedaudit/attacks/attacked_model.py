@@ -1,5 +1,6 @@
 """The model an attack differentiates: the broadcast weights in the client's mode, and which are matched."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,17 @@ def broadcast_model(update: ClientUpdate, model: nn.Module, mode: str) -> nn.Mod
     model.load_state_dict({name: value.detach().clone() for name, value in update.before.items()})
     set_mode(model, mode)
     return model
+
+
+def returned_model(model: nn.Module, update: ClientUpdate) -> nn.Module:
+    """The model at the weights the client returned."""
+    after = copy.deepcopy(model)
+    state = after.state_dict()
+    with torch.no_grad():
+        for name, delta in update.delta.items():
+            if name in state:
+                state[name].add_(delta.to(state[name]))
+    return after
 
 
 def set_mode(model: nn.Module, mode: str) -> None:

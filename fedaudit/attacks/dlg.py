@@ -11,30 +11,29 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedaudit.attacks.attacked_model import broadcast_model, paired
+from fedaudit.attacks.attacked_model import broadcast_model, flat, forget_running_statistics, paired
 from fedaudit.attacks.label_strategies import head_labels
+from fedaudit.attacks.lbfgs import Quasi
+from fedaudit.attacks.local_training import imagined_update
+from fedaudit.attacks.objectives import squared_distance
+from fedaudit.attacks.restarts import Objective, descend_quasi_newton
 from fedaudit.needs import Needs
 from fedaudit.progress import heartbeat
 from fedaudit.types import ClientUpdate, Loss, Reconstruction, RoundContext
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 50  # iterations between two looks at the objective and the clock
-_PATIENCE = 2  # chunks over which the objective must fall by at least _PROGRESS
-_PROGRESS = 0.01
-_SCALE = 1e4  # L-BFGS forgets steps with s.y < 1e-10: keep the optimised objective well above that
-
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Where one run of the optimiser ended.
+    """Where the optimiser ended from the best of its starts.
 
     Attributes:
         x: inputs (B, *input_shape), not clamped.
         y: labels (B,): the largest soft label, or the labels that were given.
         objective: sum of squared gradient differences at `x`; infinite if the start was not finite.
         relative: `objective` over the squared norm of the gradient sought; 1 is what a zero gradient gets.
-        steps: L-BFGS iterations.
+        steps: L-BFGS iterations, over all starts.
         converged: whether `relative` came down to the tolerance.
     """
 
@@ -60,10 +59,42 @@ def match_gradient(
 ) -> Match:
     """Inputs and labels whose mean gradient is closest to `gradient`, by L-BFGS from one start.
 
+    As `match_gradients`, with x0 (B, *input_shape) and y0 (B, C) or (B,).
+    """
+    return match_gradients(
+        model,
+        loss,
+        gradient,
+        x0.unsqueeze(0),
+        y0.unsqueeze(0),
+        iterations=iterations,
+        history=history,
+        tolerance=tolerance,
+        deadline=deadline,
+    )
+
+
+def match_gradients(
+    model: nn.Module,
+    loss: Loss,
+    gradient: Mapping[str, Tensor],
+    x0: Tensor,
+    y0: Tensor,
+    *,
+    iterations: int = 3000,
+    history: int = 100,
+    tolerance: float = 1e-9,
+    accept: float = 0.0,
+    halve: bool = False,
+    deadline: float = math.inf,
+) -> Match:
+    """The best of several starts, run side by side: inputs and labels whose mean gradient is closest.
+
     Minimises sum_l || d/dW_l (1/B) loss(model(x), softmax(z)) - g_l ||^2 over x and the label logits z, in
-    float64, starting at (x0, y0). The objective is divided by ||g||^2 for the optimiser, which does not
-    move the minimum but makes one tolerance fit confident and untrained models. It stops at the tolerance,
-    after `iterations`, at the deadline, or once 100 iterations gain less than 1 %.
+    float64, from every start. The objective is divided by ||g||^2 for the optimiser, which does not move the
+    minimum but makes one tolerance fit confident and untrained models. A start ends at the tolerance, after
+    `iterations`, at the deadline, or once 100 iterations gain less than 1 %. Gradients of all starts are
+    taken in one vectorised pass where the model allows it; each start's path is its own.
 
     A small objective is NOT proof of a good reconstruction: where the gradient does not determine the
     input (dead units, symmetric batches), other inputs match as well. The order of a batch is arbitrary.
@@ -77,68 +108,52 @@ def match_gradient(
         loss: SUM-reduced; must accept class probabilities (B, C) as target if `y0` are logits, as
             `torch.nn.functional.cross_entropy` does.
         gradient: gradient of the MEAN loss by parameter name; parameters it lacks are not matched.
-        x0: first inputs (B, *input_shape).
-        y0: first label logits (B, C), to be optimised; or integer labels (B,), taken as known.
-        iterations: most L-BFGS iterations.
+        x0: first inputs of R starts (R, B, *input_shape).
+        y0: first label logits (R, B, C), to be optimised; or integer labels (R, B), taken as known.
+        iterations: most L-BFGS iterations of a start.
         history: number of steps L-BFGS remembers.
         tolerance: relative objective at which the match counts as exact.
-        deadline: `time.monotonic()` after which to stop, checked every 50 iterations.
+        accept: relative objective at which a start that ended ends the others, too.
+        halve: drop the worse half of the starts now and then, by their objective.
+        deadline: `time.monotonic()` after which to stop.
 
     Raises:
         ValueError: if no parameter is matched, or the gradient is zero or not finite.
     """
     attacked = copy.deepcopy(model).to(x0.device, torch.float64)
-    parameters, target = paired(attacked, gradient)
-    norm = math.fsum(float(t.square().sum()) for t in target)
+    forget_running_statistics(attacked)
+    _, target = paired(attacked, gradient)
+    names = [name for name, p in attacked.named_parameters() if p.requires_grad]
+    sought = flat(target)
+    norm = float(sought.square().sum())
     if not math.isfinite(norm) or norm == 0:
         raise ValueError(f"a gradient to match must be finite and not zero, got squared norm {norm}: skip it")
     joint = y0.is_floating_point()
-    x = x0.detach().to(torch.float64, copy=True).requires_grad_()
-    y = y0.detach().to(torch.float64 if joint else torch.int64, copy=True).requires_grad_(joint)
-    variables = [x, y] if joint else [x]
 
-    def closure() -> Tensor:
-        mean_loss = loss(attacked(x), y.softmax(dim=-1) if joint else y) / len(x)
-        found = torch.autograd.grad(mean_loss, parameters, create_graph=True, materialize_grads=True)
-        distance = torch.stack([(a - b).square().sum() for a, b in zip(found, target, strict=True)]).sum()
-        scaled = distance * (_SCALE / norm)
-        slopes = torch.autograd.grad(scaled, variables, materialize_grads=True)
-        for variable, slope in zip(variables, slopes, strict=True):
-            variable.grad = slope
-        return scaled.detach()
+    def distance(*, vectorisable: bool) -> Objective:
+        whole = [slice(0, x0.shape[1])]
+        imagine = imagined_update(attacked, loss, names, whole, 0.0, vectorisable=vectorisable)
 
-    def look() -> float:
-        return float(closure()) / _SCALE
+        def objective(x: Tensor, y: Tensor) -> Tensor:
+            return squared_distance(imagine(x, y.softmax(dim=-1) if joint else y), sought)
 
-    optimizer = torch.optim.LBFGS(
-        variables,
-        max_iter=_CHUNK,
-        max_eval=2 * _CHUNK,
-        history_size=history,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
+        return objective
+
+    x = x0.detach().to(torch.float64)
+    y = y0.detach().to(torch.float64 if joint else torch.int64)
+    found = descend_quasi_newton(
+        distance(vectorisable=True),
+        [x, y] if joint else [x],
+        Quasi(iterations, history, tolerance),
+        given=[] if joint else [y],
+        halve=halve,
+        accept=accept,
+        deadline=deadline,
+        one_by_one=distance(vectorisable=False),
     )
-    trace, steps = [look()], 0
-    best, best_x, best_y = trace[0], x.detach().clone(), y.detach().clone()
-    while (
-        math.isfinite(trace[-1])
-        and best > tolerance
-        and steps < iterations
-        and time.monotonic() < deadline
-        and not (len(trace) > _PATIENCE and trace[-1] > (1 - _PROGRESS) * trace[-1 - _PATIENCE])
-    ):
-        optimizer.param_groups[0]["max_iter"] = min(_CHUNK, iterations - steps)
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-        steps = int(optimizer.state[x]["n_iter"])
-        trace.append(look())
-        heartbeat(steps, iterations)
-        if trace[-1] < best and bool(torch.isfinite(x).all()):
-            best, best_x, best_y = trace[-1], x.detach().clone(), y.detach().clone()
-    if not math.isfinite(best):
-        best = math.inf
-    labels = best_y.argmax(dim=-1) if joint else best_y
-    return Match(best_x, labels, best * norm, best, steps, best <= tolerance)
+    labels = found.variables[1].argmax(dim=-1) if joint else found.given[0]
+    relative = found.objective
+    return Match(found.variables[0], labels, relative * norm, relative, found.steps, relative <= tolerance)
 
 
 @dataclass(frozen=True)
@@ -160,8 +175,13 @@ class DLG:
     Attributes:
         restarts: most starts; later ones are skipped once one has reached `accept`.
         iterations: most L-BFGS iterations per start.
+        at_once: starts that run side by side. One after the other is best where the first start mostly
+            does: in double precision, on one thread of a processor, eight at once run 1.4 times as many
+            iterations per second for one example and 1.1 times as many for a batch of four.
+        halve: drop the worse half of those side by side now and then, by their objective.
         labels: "joint" optimises soft labels with the inputs; "idlg" derives them first from the head's
-            gradient: exactly for one example, and for a batch through estimated label counts.
+            gradient: exactly for one example, and for a batch through label counts, whose mean softmax is
+            estimated on noise; "counts" estimates it on the observer's reference data if there is any.
         history: steps that L-BFGS remembers.
         spread: standard deviation of the start, relative to the value range.
         tolerance: relative objective at which a start has converged and stops.
@@ -174,7 +194,9 @@ class DLG:
 
     restarts: int = 2
     iterations: int = 3000
-    labels: Literal["joint", "idlg"] = "joint"
+    at_once: int = 1
+    halve: bool = True
+    labels: Literal["joint", "idlg", "counts"] = "joint"
     history: int = 100
     spread: float = 0.01
     tolerance: float = 1e-9
@@ -186,7 +208,7 @@ class DLG:
     needs = Needs.MODEL | Needs.TRAINING | Needs.SHAPE
 
     def __post_init__(self) -> None:
-        for option in ("restarts", "iterations", "history"):
+        for option in ("restarts", "at_once", "iterations", "history"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} must be positive, got {getattr(self, option)}: use 1 or more")
         if not self.spread > 0:
@@ -212,27 +234,34 @@ class DLG:
         model = broadcast_model(update, ctx.build_model(), self.mode).to(ctx.device)
         gradient = update.gradient(ctx)
         generator = torch.Generator().manual_seed(ctx.seed)
-        fixed = head_labels(gradient, [model], batch, ctx, ctx.num_classes) if self.labels == "idlg" else None
+        fixed: Tensor | None = None
+        if self.labels != "joint":
+            informed = self.labels == "counts"
+            fixed = head_labels(gradient, [model], batch, ctx, ctx.num_classes, use_reference=informed)
         best: Match | None = None
         steps = used = 0
         while used < self.restarts and (
             best is None or not (best.relative <= self.accept or time.monotonic() > deadline)
         ):
-            x0, logits = self._start((batch, *ctx.input_shape), ctx.num_classes, ctx, generator)
-            y0 = logits if fixed is None else fixed
-            heartbeat(0, self.iterations, restarts=f"{used + 1} of {self.restarts}")
-            found = match_gradient(
+            count = min(self.at_once, self.restarts - used)
+            shape = (batch, *ctx.input_shape)
+            starts = [self._start(shape, ctx.num_classes, ctx, generator) for _ in range(count)]
+            x0, logits = (torch.stack(parts).to(ctx.device) for parts in zip(*starts, strict=True))
+            heartbeat(0, self.iterations, starts=f"{used + 1} to {used + count} of {self.restarts}")
+            found = match_gradients(
                 model,
                 ctx.loss,
                 gradient,
-                x0.to(ctx.device),
-                y0.to(ctx.device),
+                x0,
+                logits if fixed is None else fixed.to(ctx.device).expand(count, batch),
                 iterations=self.iterations,
                 history=self.history,
                 tolerance=self.tolerance,
+                accept=self.accept,
+                halve=self.halve,
                 deadline=deadline,
             )
-            used, steps = used + 1, steps + found.steps
+            used, steps = used + count, steps + found.steps
             if math.isfinite(found.objective) and (best is None or found.objective < best.objective):
                 best = found
         if best is None:

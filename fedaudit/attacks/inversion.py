@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -22,9 +22,12 @@ from fedaudit.attacks.attacked_model import (
     flat,
     forget_running_statistics,
     paired,
+    returned_model,
 )
 from fedaudit.attacks.bn_prior import bn_statistics
+from fedaudit.attacks.epoch_copies import averaged, dealt
 from fedaudit.attacks.label_strategies import Labels, labels_for
+from fedaudit.attacks.lbfgs import Quasi
 from fedaudit.attacks.local_training import epoch_batches, imagined_update
 from fedaudit.attacks.objectives import Distance, LayerWeights, Objective, distance_of, layer_scale
 from fedaudit.attacks.priors import (
@@ -34,8 +37,7 @@ from fedaudit.attacks.priors import (
     random_filters,
     total_variation,
 )
-from fedaudit.attacks.restarts import Descended, descend, start_generator
-from fedaudit.attacks.scores import match
+from fedaudit.attacks.restarts import Descended, descend, descend_quasi_newton, start_generator
 from fedaudit.attacks.signed_adam import Descent, Schedule, Signed
 from fedaudit.needs import Needs
 from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
@@ -46,6 +48,9 @@ UNIT = 0.25
 """What the optimiser calls 1, as a share of the value range: about one standard deviation of a photograph."""
 BOUND = 0.5 / UNIT
 """Ends of the value range in these units."""
+ROUNDING = 0.016
+"""Where the absolute differences of total variation are rounded for L-BFGS: 1/250 of the value range."""
+Optimizer = Literal["signed-adam", "lbfgs"]
 MULTI_STEP = "single-gradient attack on a multi-step update: not expected to work"
 
 
@@ -63,20 +68,28 @@ class Inversion:
 
     Attributes:
         restarts: starts, all optimised at once.
-        iterations: steps of each start that is not dropped.
+        iterations: steps of each start that is not dropped, over all stages.
+        optimizer: "signed-adam", or "lbfgs" with a line search: far faster where the model is smooth and
+            the precision "double". It has no box, and uses neither `lr`, `signed`, `schedule` nor `warmup`.
+        history: steps that L-BFGS remembers.
+        spread: standard deviation of the starts, in the units above; little of it helps L-BFGS.
+        anneal: how often the weight of total variation is divided by ten, at even distances. The restarts
+            compete in the first stage; the best of them goes through the others alone.
         objective: "cosine", "euclidean" (squared, relative) or "layer-norms" (sum of norms, relative).
         layer_weights: "equal", or more weight on the first layers: "linear", "exponential".
         tv: weight of total variation.
         l2: weight of the mean square.
-        clip: weight of the penalty outside the value range; only without `boxed`.
+        clip: weight of the penalty outside the value range; only without a box.
         bn: weight of the batch-normalisation prior; without running statistics there is none.
         epoch_prior: weight of the disagreement between local epochs; only with several.
+        epoch_order: "unknown" gives every local epoch copies of its own; "fixed" lets all epochs visit the
+            same images in the same order, which an attacker must know, and which is then exact.
         epoch_features: what is compared between epochs: the "mean" image, or the mean of "conv" features.
         lr: step size, in the units above.
         signed: "hard", "soft" or "none": how gradients reach Adam.
         schedule: "step", "cosine" or "constant".
         warmup: iterations of warm-up of the cosine schedule.
-        boxed: keep inputs inside the value range after every step.
+        boxed: keep inputs inside the value range after every step of Adam.
         labels: "known" (stated in `classes`), "idlg" (one example), "counts" (head's bias and estimated
             mean softmax; exact for one example) or "joint" (optimised too).
         classes: known labels joined by hyphens, as in ``3-1-4``; in the order in which local steps used them.
@@ -91,6 +104,10 @@ class Inversion:
 
     restarts: int = 8
     iterations: int = 1000
+    optimizer: Optimizer = "signed-adam"
+    history: int = 100
+    spread: float = 1.0
+    anneal: int = 0
     objective: Objective = "cosine"
     layer_weights: LayerWeights = "equal"
     tv: float = 0.0
@@ -98,6 +115,7 @@ class Inversion:
     clip: float = 0.0
     bn: float = 0.0
     epoch_prior: float = 0.0
+    epoch_order: Literal["unknown", "fixed"] = "unknown"
     epoch_features: Literal["mean", "conv"] = "mean"
     lr: float = 0.1
     signed: Signed = "hard"
@@ -121,12 +139,25 @@ class Inversion:
         for option in ("tv", "l2", "clip", "bn", "epoch_prior", "seconds"):
             if getattr(self, option) < 0:
                 raise ValueError(f"{option} must not be negative, got {getattr(self, option)}: use 0")
+        if not self.spread > 0:
+            raise ValueError(f"spread must be positive, got {self.spread}: use e.g. 0.05")
         if self.classes and self.labels != "known":
             raise ValueError(f"classes belongs to labels=known, got labels={self.labels}: drop one")
+        if not 0 <= self.anneal < self.iterations:
+            raise ValueError(
+                f"anneal must be from 0 to iterations - 1, got {self.anneal} with {self.iterations} "
+                f"iterations: use e.g. 3"
+            )
         self._descent()
+        Quasi(self.iterations, self.history)
+
+    @property
+    def has_box(self) -> bool:
+        """Whether inputs are kept inside the value range."""
+        return self.boxed and self.optimizer == "signed-adam"
 
     def _descent(self) -> Descent:
-        return Descent(self.iterations, self.lr, self.signed, self.schedule, self.warmup)
+        return Descent(self.iterations // (self.anneal + 1), self.lr, self.signed, self.schedule, self.warmup)
 
     def reconstruct(self, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
         """The reconstruction with the lowest objective among the restarts.
@@ -138,16 +169,19 @@ class Inversion:
         deadline = time.monotonic() + self.seconds if self.seconds else math.inf
         problem = _Problem.of(self, update, ctx)
         starts, given = problem.starts()
-        box = (-BOUND, BOUND) if self.boxed else None
-        found = descend(
-            problem.objective(vectorisable=True),
-            starts,
-            self._descent(),
-            boxes=[box, None][: len(starts)],
-            given=given,
-            halve=self.halve,
-            deadline=deadline,
-            one_by_one=problem.objective(vectorisable=False),
+        stages = [self._minimised(problem, starts, given, 0, deadline)]
+        for stage in range(1, self.anneal + 1):
+            if not math.isfinite(stages[-1].objective):
+                break
+            starts, given = ([v.unsqueeze(0) for v in vs] for vs in (stages[-1].variables, stages[-1].given))
+            stages.append(self._minimised(problem, starts, given, stage, deadline))
+        last = stages[-1]
+        found = replace(
+            stages[0],
+            variables=last.variables,
+            given=last.given,
+            objective=last.objective,
+            steps=sum(stage.steps for stage in stages),
         )
         if not math.isfinite(found.objective):
             raise ValueError(
@@ -155,6 +189,38 @@ class Inversion:
             )
         _log.debug("%s: objective %.2e after %d iterations", self.name, found.objective, found.steps)
         return problem.result(found)
+
+    def _minimised(
+        self,
+        problem: "_Problem",
+        starts: Sequence[Tensor],
+        given: Sequence[Tensor],
+        stage: int,
+        deadline: float,
+    ) -> Descended:
+        objective = problem.objective(vectorisable=True, stage=stage)
+        one_by_one = problem.objective(vectorisable=False, stage=stage)
+        if self.optimizer == "lbfgs":
+            return descend_quasi_newton(
+                objective,
+                starts,
+                Quasi(self.iterations // (self.anneal + 1), self.history),
+                given=given,
+                halve=self.halve,
+                deadline=deadline,
+                one_by_one=one_by_one,
+            )
+        box = (-BOUND, BOUND) if self.has_box else None
+        return descend(
+            objective,
+            starts,
+            self._descent(),
+            boxes=[box, None][: len(starts)],
+            given=given,
+            halve=self.halve,
+            deadline=deadline,
+            one_by_one=one_by_one,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +255,7 @@ class _Problem:
         known = update.num_examples if update.num_examples > 0 else ctx.batch_size
         batch = min(ctx.batch_size, known)
         epochs = epoch_batches(known, ctx.batch_size, steps) if attack.unrolls else [[batch]]
-        models = [model] if len(epochs) == len(epochs[0]) == 1 else [model, _returned(model, update)]
+        models = [model] if len(epochs) == len(epochs[0]) == 1 else [model, returned_model(model, update)]
         labels = labels_for(attack.labels, attack.classes, gradient, models, sum(epochs[0]), ctx)
         bn_layers = len(batch_norms(model))
         bn = bn_statistics(model) if attack.bn else None
@@ -209,7 +275,8 @@ class _Problem:
             sought,
             [t.numel() for t in target],
             epochs,
-            len(epochs[0]) == 1,  # one batch an epoch: order does not matter, so epochs share their images
+            # one batch an epoch: order does not matter, so epochs share their images
+            len(epochs[0]) == 1 or attack.epoch_order == "fixed",
             None if labels is None else labels.to(ctx.device),
             steps,
             bn_layers,
@@ -223,10 +290,9 @@ class _Problem:
 
     def batches(self) -> list[slice]:
         """Which of the images each step uses."""
-        if self.shared:
-            return [slice(0, self.per_epoch[0])] * len(self.epochs)
-        ends = list(itertools.accumulate(itertools.chain.from_iterable(self.epochs), initial=0))
-        return [slice(a, b) for a, b in itertools.pairwise(ends)]
+        runs = self.epochs if self.shared else [list(itertools.chain.from_iterable(self.epochs))]
+        ends = [list(itertools.accumulate(sizes, initial=0)) for sizes in runs]
+        return [slice(a, b) for run in ends for a, b in itertools.pairwise(run)]
 
     def starts(self) -> tuple[list[Tensor], list[Tensor]]:
         """Variables and constants of each restart.
@@ -240,7 +306,9 @@ class _Problem:
         labels: list[Tensor] = []
         for restart in range(self.attack.restarts):
             generator = start_generator(self.attack.name, self.ctx.seed, restart)
-            inputs.append(torch.randn(count, *shape, generator=generator).to(self.sought))
+            inputs.append(
+                self.attack.spread * torch.randn(count, *shape, generator=generator).to(self.sought)
+            )
             if self.labels is None:
                 logits.append(torch.randn(count, classes, generator=generator).to(self.sought))
             else:
@@ -260,12 +328,12 @@ class _Problem:
         Which batch a derived label was in is unknown: the first restart deals them to the batches in turn,
         the others at random.
         """
-        if self.attack.labels != "known" and not self.shared:
+        if self.attack.labels != "known" and len(self.epochs[0]) > 1:
             order = torch.randperm(len(labels), generator=generator).to(labels.device)
-            labels = labels[order] if restart else _deal(labels, self.epochs[0])
+            labels = labels[order] if restart else dealt(labels, self.epochs[0])
         return torch.cat([labels[:n] for n in self.per_epoch])
 
-    def objective(self, *, vectorisable: bool) -> Callable[..., Tensor]:
+    def objective(self, *, vectorisable: bool, stage: int = 0) -> Callable[..., Tensor]:
         """What one restart minimises: a function of its inputs, and of its labels or label logits."""
         attack, loss = self.attack, self.ctx.loss
         assert loss is not None
@@ -278,6 +346,7 @@ class _Problem:
             scale = scale.to(self.sought)
         sought = self.sought if scale is None else scale * self.sought
         complete = [n for n in self.per_epoch if n == self.per_epoch[0]]
+        tv, rounding = attack.tv / 10**stage, ROUNDING if attack.optimizer == "lbfgs" else 0.0
         filters = None
         if attack.epoch_features == "conv" and attack.epoch_prior:
             filters = random_filters(self.ctx.input_shape or (), self.ctx.seed)
@@ -287,11 +356,11 @@ class _Problem:
             x = self.inputs(z)
             found = imagine(x, y.softmax(dim=-1) if y.is_floating_point() else y)
             value = distance(found if scale is None else scale * found, sought)
-            if attack.tv:
-                value = value + attack.tv * total_variation(z)
+            if tv:
+                value = value + tv * total_variation(z, rounding)
             if attack.l2:
                 value = value + attack.l2 * mean_square(z)
-            if attack.clip and not attack.boxed:
+            if attack.clip and not attack.has_box:
                 value = value + attack.clip * clip_penalty(z, -BOUND, BOUND)
             if self.bn is not None:
                 value = value + attack.bn * self.bn(x)
@@ -307,9 +376,10 @@ class _Problem:
         attack = self.attack
         x = self.inputs(found.variables[0]).to("cpu", torch.float32)
         y = found.given[0] if found.given else found.variables[1].argmax(dim=-1)
-        images = _averaged(list(torch.split(x, self.per_epoch)))
+        images = averaged(list(torch.split(x, self.per_epoch)))
         conditions: dict[str, float | int | str | bool] = {
             "labels": attack.labels,
+            "optimizer": attack.optimizer,
             "batch-size": max(self.epochs[0]),
             "local-steps": self.steps,
             "batchnorm-mode": attack.mode,
@@ -323,43 +393,8 @@ class _Problem:
             conditions["not-vectorised"] = found.hindrance
         if attack.unrolls:
             conditions |= {"unrolled-steps": sum(map(len, self.epochs)), "local-epochs": len(self.epochs)}
+            if len(self.epochs) > 1:
+                conditions["epoch-order"] = attack.epoch_order
         elif self.steps > 1:
             conditions["warning"] = MULTI_STEP
         return Reconstruction(images, y[: len(images)].cpu(), found.objective, found.steps, conditions)
-
-
-def _returned(model: nn.Module, update: ClientUpdate) -> nn.Module:
-    """The model at the weights the client returned."""
-    after = copy.deepcopy(model)
-    state = after.state_dict()
-    with torch.no_grad():
-        for name, delta in update.delta.items():
-            if name in state:
-                state[name].add_(delta.to(state[name]))
-    return after
-
-
-def _deal(labels: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Sorted labels dealt to the batches in turn, so that every batch gets a mixture.
-
-    >>> _deal(torch.tensor([0, 0, 1, 1]), [2, 2]).tolist()
-    [0, 1, 0, 1]
-    """
-    hands: list[list[int]] = [[] for _ in sizes]
-    cards = iter(range(len(labels)))
-    while any(len(hand) < size for hand, size in zip(hands, sizes, strict=True)):
-        for hand, size in zip(hands, sizes, strict=True):
-            if len(hand) < size:
-                hand.append(next(cards))
-    order = torch.tensor(list(itertools.chain.from_iterable(hands)), device=labels.device)
-    return labels[order]
-
-
-def _averaged(epochs: list[Tensor]) -> Tensor:
-    """The first epoch's images, each averaged with its partners in the other epochs (least total MSE)."""
-    total, count = epochs[0].clone(), torch.ones(len(epochs[0]))
-    for other in epochs[1:]:
-        i, j, _ = match(other, epochs[0])
-        total[j] += other[i]
-        count[j] += 1
-    return total / count.view(-1, *[1] * (total.dim() - 1))

@@ -16,8 +16,16 @@ class LocalSteps(Inversion):
     averaged. Epochs of one batch share their images instead, which is exact.
 
     Which batch a derived label was in is unknown: one restart deals them to the batches of an epoch in turn,
-    the others at random, and the lowest objective decides. Momentum, Adam, weight decay and Poisson batches
-    are NOT modelled. Time and memory grow with the number of steps.
+    the others at random, and the lowest objective decides. Where the order is known to be the same
+    in all epochs, ``epoch-order=fixed`` shares the images instead.
+
+    On smooth models L-BFGS in double precision gets much further than signs in the same time:
+    ``local-steps(optimizer=lbfgs, precision=double, objective=euclidean, restarts=1, spread=0.05,
+    tv=0.03, anneal=3, epoch-prior=1, iterations=1200)``. Total variation decides what the update leaves
+    open, so that textured images come out worse than smooth ones.
+
+    Momentum, Adam, weight decay and Poisson batches are NOT modelled. Time and memory grow with the
+    number of steps.
 
     Published settings: Dimitrov et al. take squared distances, Adam with step size 0.1 to 0.4, 200
     iterations, total variation 2e-4 to 1e-3, a clip penalty of 2 to 10 and known counts; Geiping et al. the

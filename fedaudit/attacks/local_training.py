@@ -92,6 +92,7 @@ def imagined_update(
             total = {n: total[n] + slopes[n] for n in names} if t else {n: slopes[n] for n in names}
             if t + 1 < len(batches):
                 parameters = {name: p - lr * slopes[name] for name, p in parameters.items()}
-        return flat([total[name] for name in names]) / len(batches)
+        path = flat([total[name] for name in names])
+        return path / len(batches) if len(batches) > 1 else path
 
     return update

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from fedaudit.attacks.lbfgs import Quasi, minimise
 from fedaudit.attacks.signed_adam import Descent, SignedAdam
 from fedaudit.progress import heartbeat
 
@@ -36,7 +37,8 @@ class Descended:
         restart: which restart that was, from 0.
         steps: iterations, summed over restarts.
         objectives: lowest objective of each restart (R,), also of dropped ones.
-        survivors: how many restarts ran after each halving and at which iteration it came, "8, 4@50, ...".
+        survivors: how many restarts ran after each halving and at which iteration (of L-BFGS: evaluation) it
+            came, "8, 4@50, ...".
         together: whether the restarts ran in one vectorised loop.
         hindrance: why not, if they did not.
     """
@@ -108,7 +110,8 @@ def descend(
     kept = [v.clone() for v in variables]
     adam = SignedAdam(variables)
     rungs = halvings(count, descent.iterations) if halve else {}
-    survivors, hindrance, steps = str(count), "", 0
+    survivors, steps = str(count), 0
+    evaluate = _Evaluation(objective, one_by_one or objective, together)
     for iteration in range(descent.iterations + 1):
         if iteration in rungs:
             rows = lowest[alive].argsort(stable=True)[: rungs[iteration]].sort().values
@@ -117,17 +120,7 @@ def descend(
             variables, constants = [v[rows] for v in variables], [c[rows] for c in constants]
             adam.keep(rows)
             survivors += f", {len(alive)}@{iteration}"
-        several = len(alive) > 1  # alone, plain autograd takes half the time
-        if together and several:
-            try:
-                values, slopes = _vectorised(objective, variables, constants)
-            except (RuntimeError, NotImplementedError, ValueError) as error:
-                if iteration:  # it worked before, so the model is not to blame
-                    raise
-                together, hindrance = False, f"{type(error).__name__}: {error}".splitlines()[0][:160]
-                _log.info("restarts run one after the other: %s", hindrance)
-        if not (together and several):
-            values, slopes = _in_turn(one_by_one or objective, variables, constants)
+        values, slopes = evaluate(variables, constants)
         numbers = values.to("cpu", torch.float64)
         better = numbers < lowest[alive]  # False for NaN
         lowest[alive[better]] = numbers[better]
@@ -150,9 +143,94 @@ def descend(
         steps,
         lowest,
         survivors,
-        together,
-        hindrance,
+        evaluate.together,
+        evaluate.hindrance,
     )
+
+
+def descend_quasi_newton(
+    objective: Objective,
+    starts: Sequence[Tensor],
+    settings: Quasi,
+    *,
+    given: Sequence[Tensor] = (),
+    halve: bool = True,
+    accept: float = -math.inf,
+    deadline: float = math.inf,
+    one_by_one: Objective | None = None,
+    together: bool = True,
+) -> Descended:
+    """The same by L-BFGS; there is no box, and the variables need one dtype.
+
+    Args:
+        objective: as in `descend`; it should be smooth.
+        starts: each variable's starts, stacked (R, ...).
+        settings: of every restart.
+        given: further arguments of each restart, stacked (R, ...), that are not optimised.
+        halve: drop the worse half at the evaluations of `halvings`.
+        accept: all end once one has ended at or below this objective.
+        deadline: `time.monotonic()` after which to stop; the starts are always evaluated.
+        one_by_one: the same objective for plain autograd, as in `descend`.
+        together: False evaluates the restarts one after the other from the beginning.
+    """
+    count, shapes = len(starts[0]), [s.shape[1:] for s in starts]
+    sizes = [shape.numel() for shape in shapes]
+    evaluate = _Evaluation(objective, one_by_one or objective, together)
+
+    def unpacked(points: Tensor) -> list[Tensor]:
+        pieces = torch.split(points, sizes, dim=1)
+        return [p.reshape(len(points), *shape) for p, shape in zip(pieces, shapes, strict=True)]
+
+    def asked(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        values, slopes = evaluate(unpacked(points), [c[rows.to(c.device)] for c in given])
+        return values, torch.cat([s.flatten(1) for s in slopes], dim=1)
+
+    found = minimise(
+        asked,
+        torch.cat([s.detach().flatten(1) for s in starts], dim=1),
+        settings,
+        rungs=halvings(count, settings.iterations) if halve else {},
+        accept=accept,
+        deadline=deadline,
+    )
+    winner = int(found.values.argmin())
+    return Descended(
+        tuple(v[winner] for v in unpacked(found.points)),
+        tuple(c[winner] for c in given),
+        float(found.values[winner]),
+        winner,
+        int(found.iterations.sum()),
+        found.values,
+        found.survivors,
+        evaluate.together,
+        evaluate.hindrance,
+    )
+
+
+class _Evaluation:
+    """Objectives and slopes of several restarts: at once where the model can be vectorised, or in turn."""
+
+    def __init__(self, objective: Objective, one_by_one: Objective, together: bool) -> None:
+        self.objective, self.one_by_one = objective, one_by_one
+        self.together, self.hindrance, self._worked = together, "", False
+
+    def __call__(
+        self, variables: Sequence[Tensor], given: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        if self.together and len(variables[0]) > 1:  # alone, plain autograd takes half the time
+            try:
+                found = _vectorised(self.objective, variables, given)
+                self._worked = True
+                return found
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                if self._worked:  # it worked before, so the model is not to blame
+                    raise
+                self.together, self.hindrance = (
+                    False,
+                    f"{type(error).__name__}: {error}".splitlines()[0][:160],
+                )
+                _log.info("restarts run one after the other: %s", self.hindrance)
+        return _in_turn(self.one_by_one, variables, given)
 
 
 def _vectorised(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedaudit.attacks import dlg
-from fedaudit.attacks.dlg import DLG, Match, match_gradient
+from fedaudit.attacks.dlg import DLG, Match, match_gradient, match_gradients
 from fedaudit.attacks.scores import score
 from fedaudit.data.embedded import patches
 from fedaudit.models.build import build_model
@@ -130,11 +130,50 @@ def test_restarts_are_selected_by_the_objective_without_access_to_the_truth(
         objective = next(objectives)
         return Match(next(inputs), y, objective, objective, 7, False)
 
-    monkeypatch.setattr(dlg, "match_gradient", ends)
+    monkeypatch.setattr(dlg, "match_gradients", ends)
     found = DLG(restarts=3).reconstruct(one_step(small_net, x, y), context(small_net, x, evidence=forbidden))
     assert found.objective == 0.2
     assert torch.equal(found.x, torch.zeros_like(x))
     assert (found.steps, found.conditions["restarts"]) == (21, 3)
+
+
+def test_starts_side_by_side_end_where_each_ends_alone() -> None:
+    x, y = planted(2)
+    gradient = one_step(small_net, x, y).gradient(context(small_net, x))
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.5 + 0.3 * torch.randn(3, *x.shape, generator=generator, dtype=torch.float64)
+    y0 = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
+    alone = [match_gradient(small_net(), sum_loss, gradient, x0[k], y0[k], iterations=25) for k in range(3)]
+    best = match_gradients(small_net(), sum_loss, gradient, x0, y0, iterations=25)
+    lowest = min(alone, key=lambda match: match.objective)
+    assert len({match.objective for match in alone}) == 3
+    assert best.objective == pytest.approx(lowest.objective, rel=1e-4)
+    torch.testing.assert_close(best.x, lowest.x, rtol=1e-3, atol=1e-4)
+    assert best.steps == sum(match.steps for match in alone)
+
+
+def test_starts_at_once_recover_planted_examples_and_count_as_restarts() -> None:
+    x, y = planted(3)
+    found = DLG(restarts=4, at_once=4, iterations=400).reconstruct(
+        one_step(small_net, x, y), context(small_net, x)
+    )
+    assert score(found.x, found.y, x, y)["psnr"] > 30
+    assert found.conditions["restarts"] == 4
+
+
+def test_label_counts_use_the_observers_reference_data_where_idlg_uses_noise() -> None:
+    def build() -> nn.Module:
+        model = small_net()
+        with torch.no_grad():
+            model[3].weight.mul_(8)  # confident: the mean softmax of noise is not that of the client's
+        return model
+
+    x, y = planted(8)
+    update, ctx = one_step(build, x, y), replace(context(build, x), reference=(x, y))
+    counted = DLG(labels="counts", iterations=1, restarts=1).reconstruct(update, ctx)
+    guessed = DLG(labels="idlg", iterations=1, restarts=1).reconstruct(update, ctx)
+    assert torch.equal(counted.y, y.sort().values)
+    assert not torch.equal(guessed.y, y.sort().values)
 
 
 def test_no_further_start_is_made_after_an_accepted_one() -> None:
@@ -236,9 +275,9 @@ def test_a_batch_norm_gradient_fits_the_truth_only_in_the_mode_it_was_made_in(
     def at_the_truth(
         model: nn.Module, loss: Loss, gradient: Mapping[str, Tensor], *_: Tensor, **__: float
     ) -> Match:
-        return match_gradient(model, loss, gradient, x, y, deadline=0.0)
+        return match_gradients(model, loss, gradient, x[None], y[None], deadline=0.0)
 
-    monkeypatch.setattr(dlg, "match_gradient", at_the_truth)
+    monkeypatch.setattr(dlg, "match_gradients", at_the_truth)
     assert DLG(mode="train").reconstruct(update, ctx).conditions["converged"]
     assert float(DLG(mode="eval").reconstruct(update, ctx).conditions["relative-objective"]) > 0.01
 

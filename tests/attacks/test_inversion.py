@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedaudit.attacks import inversion
-from fedaudit.attacks.inversion import MULTI_STEP, Inversion, _averaged
+from fedaudit.attacks.epoch_copies import averaged
+from fedaudit.attacks.inversion import MULTI_STEP, Inversion
 from fedaudit.attacks.inverting_gradients import InvertingGradients
 from fedaudit.attacks.local_steps import LocalSteps
 from fedaudit.attacks.scores import score
@@ -216,10 +217,63 @@ def test_several_epochs_in_unknown_order_give_each_example_once() -> None:
     assert (found.conditions["local-epochs"], found.conditions["unrolled-steps"]) == (2, 4)
 
 
-def test_copies_of_an_epoch_are_paired_before_they_are_averaged() -> None:
+def test_lbfgs_recovers_every_image_of_epochs_whose_order_is_known() -> None:
+    x, y = planted(4)
+    update = sent(x, y, [[0, 1], [2, 3]] * 2, build=dense_net)
+    ctx = context(x, batch=2, steps=4, build=dense_net)
+    smooth = LocalSteps(
+        restarts=2,
+        iterations=120,
+        optimizer="lbfgs",
+        objective="euclidean",
+        precision="double",
+        tv=1e-4,
+        anneal=1,
+        epoch_order="fixed",
+        labels="known",
+        classes=stated(y),
+    )
+    found = smooth.reconstruct(update, ctx)
+    assert score(found.x, found.y, x, y)["psnr"] > 25
+    assert (found.conditions["optimizer"], found.conditions["epoch-order"]) == ("lbfgs", "fixed")
+    signed = replace(smooth, optimizer="signed-adam", anneal=0)
+    assert psnr_of(signed, update, ctx, x, y) < score(found.x, found.y, x, y)["psnr"] - 3
+
+
+def test_lbfgs_fails_under_strong_noise_too() -> None:
+    x, y = planted(1)
+    attack = InvertingGradients(restarts=2, iterations=60, optimizer="lbfgs", precision="double", tv=1e-2)
+    grey = score(torch.full_like(x, 0.5), y, x, y)["psnr"]
+    assert psnr_of(attack, sent(x, y, noise=5.0), context(x), x, y) < grey + 3
+
+
+def test_with_a_fixed_epoch_order_the_truth_is_the_minimum_of_two_epochs() -> None:
+    x, y = planted(4)
+    update = sent(x, y, [[0, 1], [2, 3]] * 2)
+    ctx = context(x, batch=2, steps=4)
+    attack = LocalSteps(tv=0.0, labels="known", classes=stated(y), precision="double", epoch_order="fixed")
+    problem = inversion._Problem.of(attack, update, ctx)
+    assert problem.batches() == [slice(0, 2), slice(2, 4)] * 2
+    z = ((x - 0.5) / inversion.UNIT).double()
+    assert problem.objective(vectorisable=False)(z, y).item() < 1e-10
+    assert problem.objective(vectorisable=False)(z[[2, 3, 0, 1]], y[[2, 3, 0, 1]]).item() > 1e-6
+
+
+def test_annealing_divides_total_variation_by_ten_in_every_stage() -> None:
+    x, y = planted(1)
+    update, ctx = sent(x, y, build=dense_net), context(x, build=dense_net)
+    attack = InvertingGradients(tv=0.5, anneal=2, iterations=9, restarts=1, labels="known", classes=stated(y))
+    problem = inversion._Problem.of(attack, update, ctx)
+    z = ((x - 0.3) / inversion.UNIT).float()
+    values = [problem.objective(vectorisable=False, stage=stage)(z, y).item() for stage in range(3)]
+    assert values[0] - values[1] == pytest.approx(10 * (values[1] - values[2]), rel=1e-3)
+    assert attack.reconstruct(update, ctx).steps == 9
+
+
+def test_copies_of_an_epoch_are_paired_before_they_areaveraged() -> None:
     x = planted(3)[0]
     shift = 0.01 * torch.ones_like(x)
-    torch.testing.assert_close(_averaged([x, (x + shift)[[2, 0, 1]], x[:2]])[2], x[2] + shift[2] / 2)
+    torch.testing.assert_close(averaged([x, (x + shift)[[2, 0, 1]], x[:2]])[2], x[2] + shift[2] / 2)
 
 
 def test_the_objective_at_the_planted_truth_is_zero_up_to_rounding() -> None:
@@ -340,5 +394,11 @@ def test_attack_errors_say_what_to_do() -> None:
         InvertingGradients(restarts=0)
     with pytest.raises(ValueError, match="tv must not be negative"):
         InvertingGradients(tv=-1.0)
+    with pytest.raises(ValueError, match="anneal must be from 0 to iterations - 1, got 5 with 3"):
+        Inversion(iterations=3, anneal=5)
+    with pytest.raises(ValueError, match="spread must be positive, got 0"):
+        Inversion(spread=0)
+    with pytest.raises(ValueError, match="iterations and history must be positive"):
+        Inversion(history=0)
     with pytest.raises(ValueError, match="classes belongs to labels=known"):
         Inversion(classes="1")

@@ -85,6 +85,17 @@ def test_total_variation_is_the_mean_absolute_difference_of_neighbours() -> None
     assert float(total_variation(drawn(2, 7))) == 0.0  # no image, no neighbours
 
 
+def test_rounded_total_variation_is_smooth_at_zero_and_off_by_less_than_the_rounding() -> None:
+    x = drawn(2, 3, 5, 6)
+    rounded, plain = float(total_variation(x, 0.1)), float(total_variation(x))
+    assert plain - 0.2 < rounded < plain
+    flat_image = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    assert float(total_variation(flat_image.detach(), 0.1)) == pytest.approx(0, abs=1e-7)
+    assert bool(torch.autograd.grad(total_variation(flat_image, 0.1), flat_image)[0].isfinite().all())
+    step = torch.tensor([[[[0.0, 0.3], [0.0, 0.3]]]])
+    assert float(total_variation(step, 0.4)) == pytest.approx(0.5 - 0.4)
+
+
 def test_the_clip_penalty_is_zero_inside_the_range_and_pulls_back_outside() -> None:
     assert float(clip_penalty(torch.tensor([0.0, 1.0]), 0.0, 1.0)) == 0.0
     x = torch.tensor([1.5, -0.5, 0.5], requires_grad=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedaudit.attacks.restarts import descend, halvings, start_generator
+from fedaudit.attacks.lbfgs import Quasi
+from fedaudit.attacks.restarts import descend, descend_quasi_newton, halvings, start_generator
 from fedaudit.attacks.signed_adam import Descent, SignedAdam, step_size
 
 BOX = [(-2.0, 2.0)]
@@ -38,6 +39,30 @@ def test_restarts_at_once_take_the_same_path_as_one_at_a_time(signed: str) -> No
     torch.testing.assert_close(together.objectives, torch.tensor(alone, dtype=torch.float64))
     assert len(set(alone)) == 5  # they end in different wells, so the comparison can fail
     torch.testing.assert_close(together.variables[0], in_turn.variables[0])
+
+
+def test_lbfgs_restarts_at_once_take_the_same_path_as_one_at_a_time() -> None:
+    settings = Quasi(30)
+    together = descend_quasi_newton(many_wells, [starts(5)], settings, halve=False)
+    in_turn = descend_quasi_newton(many_wells, [starts(5)], settings, halve=False, together=False)
+    alone = [descend_quasi_newton(many_wells, [starts(5)[r : r + 1]], settings).objective for r in range(5)]
+    assert together.together and not in_turn.together
+    torch.testing.assert_close(together.objectives, in_turn.objectives)
+    torch.testing.assert_close(together.objectives, torch.tensor(alone, dtype=torch.float64))
+    assert len({round(value, 6) for value in alone}) > 2  # several wells, so the comparison can fail
+    assert together.objective == min(together.objectives.tolist())
+
+
+def test_lbfgs_optimises_all_variables_of_a_restart_and_keeps_what_it_was_given() -> None:
+    def apart(x: Tensor, y: Tensor, centre: Tensor) -> Tensor:
+        return (x - centre).square().sum() + (y - x.sum()).square().sum() + centre.abs()
+
+    given = torch.tensor([3.0, -1.0, 0.5, 2.0], dtype=torch.float64)
+    first = [torch.zeros(4, 2, 2, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)]
+    found = descend_quasi_newton(apart, first, Quasi(50), given=[given])
+    assert float(found.given[0]) == 0.5
+    torch.testing.assert_close(found.variables[0], torch.full((2, 2), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(found.variables[1], torch.full((3,), 2.0, dtype=torch.float64))
 
 
 def test_signed_adam_repeats_adam_of_torch_on_the_same_gradients() -> None:
