@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from collections import OrderedDict
 from importlib import metadata
 
 import numpy as np
@@ -31,14 +32,16 @@ class Network(nn.Sequential):
     """The registered model "cnn" of fedaudit: the weights are loaded by name, which checks it."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = []
+        layers: dict[str, nn.Module] = {}
         channels = 1
-        for index, outputs in enumerate((16, 32, 64)):
-            if index:
-                layers.append(nn.AvgPool2d(2))
-            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.GroupNorm(4, outputs), nn.ReLU()]
+        for number, outputs in enumerate((16, 32, 64), 1):
+            layers[f"conv{number}"] = nn.Conv2d(channels, outputs, 3, padding=1)
+            layers[f"norm{number}"] = nn.GroupNorm(4, outputs)
+            layers[f"act{number}"] = nn.ReLU()
+            layers[f"pool{number}"] = nn.AvgPool2d(2) if number < 3 else nn.AdaptiveAvgPool2d(4)
             channels = outputs
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, 10))
+        layers |= {"flatten1": nn.Flatten(), "fc1": nn.Linear(channels * 16, 10)}
+        super().__init__(OrderedDict(layers))
 
     def loss(self, x, y):  # type: ignore[no-untyped-def]
         """Mean cross-entropy, as pfl wants it."""
