@@ -69,8 +69,8 @@ class Inversion:
     Attributes:
         restarts: starts, all optimised at once.
         iterations: steps of each start that is not dropped, over all stages.
-        optimizer: "signed-adam", or "lbfgs" with a line search: far faster where the model is smooth and
-            the precision "double". It has no box, and uses neither `lr`, `signed`, `schedule` nor `warmup`.
+        optimizer: "signed-adam", or "lbfgs" with a line search, for smooth models. It has no box,
+            and uses neither `lr`, `signed`, `schedule` nor `warmup`.
         history: steps that L-BFGS remembers.
         spread: standard deviation of the starts, in the units above; little of it helps L-BFGS.
         anneal: how often the weight of total variation is divided by ten, at even distances. The restarts
