@@ -105,6 +105,29 @@ def test_equal_seeds_give_equal_and_other_seeds_other_weights(spec):
     assert not torch.equal(first, weights(build_model(spec, (1, 8, 8), 10, seed=4)))
 
 
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("logistic", "flatten1 fc1"),
+        ("mlp(hidden=6-5)", "flatten1 fc1 act1 fc2 act2 fc3"),
+        ("lenet", "conv1 act1 conv2 act2 conv3 act3 flatten1 fc1"),
+        (
+            "cnn(width=4)",
+            "conv1 norm1 act1 pool1 conv2 norm2 act2 pool2 conv3 norm3 act3 pool3 flatten1 fc1",
+        ),
+    ],
+)
+def test_layers_are_named_by_kind_and_number_in_forward_order(spec, names):
+    assert [name for name, _ in build_model(spec, (1, 8, 8), 3, seed=0).named_children()] == names.split()
+
+
+def test_names_leave_the_weights_those_of_the_same_layers_without_names():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 3))
+    assert torch.equal(weights(build_model("mlp(hidden=6)", (1, 8, 8), 3, seed=7)), weights(plain))
+
+
 @pytest.mark.parametrize("hidden", ["8", "0"], ids=["built", "refused"])
 def test_building_leaves_the_global_generator_alone(hidden):
     before = torch.get_rng_state()
