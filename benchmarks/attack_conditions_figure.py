@@ -17,7 +17,7 @@ from fedaudit.report.style import INK, QUIET, new_figure, safe, style_figure
 
 NAME = "attack_conditions"
 ROW, GAP, TOP, BOTTOM, WIDTH = 23, 64, 132, 74, 1320  # pixels
-LIGHT = 0.45  # of a colour scale: numbers are white up to here and dark beyond
+LIGHT = {1: 0.55, 2: 0.45}  # of the scale of a column of panels: numbers are white up to here, dark beyond
 BESIDE = {"auc": ("membership<br>AUC", 0.5, 1.0), "accuracy-test": ("test<br>accuracy", 0.0, 1.0)}
 REFUSED = "#eef0f2"
 
@@ -167,7 +167,7 @@ def add_cells(
     for line in range(len(values)):
         for column in range(len(names)):
             number = numbers[line][column]
-            dark = number is not None and (number - low) / (high - low) < LIGHT
+            dark = number is not None and (number - low) / (high - low) < LIGHT[place["col"]]
             figure.add_annotation(
                 x=column,
                 y=line,
