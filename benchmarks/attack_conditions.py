@@ -2,90 +2,201 @@
 
     python -m benchmarks.attack_conditions [--chromium chromium]
 
-One client of a federation on handwritten digits; the network is a ReLU perceptron, which all attacks here
-can take. From the usual case (two examples, one step, untrained, no defense) one condition changes at a time.
-Every point is the mean PSNR over `--repeats` updates of different examples, with the smallest and the
-largest; an attack that refuses an update counts as "refused", not as 0 dB. Images are matched to the truth.
+One client of a federation on handwritten digits. From the usual case (two examples, one step, untrained, no
+defense) one condition changes at a time; the defenses are all that are registered, and so are the attacks.
+Most attack a ReLU perceptron; an attack that needs another network has its own, with its own usual case.
+Every number is the mean PSNR over `--repeats` updates of different examples, images matched to the truth. An
+attack that refuses an update is counted as refused, not as 0 dB.
+
+Attacks are used as they are and know nothing of the defense, with two exceptions: a layer that is zero
+throughout is taken as withheld, and labels that cannot be derived are optimised. So a small number says that
+this attack failed. Batches have the expected size also under
+DP-SGD, whose noise is planned for Poisson sampling: favourable to the attacker. Beside the defenses stands
+what they do in a federation: membership by one score, and test accuracy.
 """
 
 import argparse
 import statistics
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.attack_conditions_figure import draw
+from benchmarks.defended_federations import federations
 from benchmarks.measurement import keep
-from benchmarks.picture import write_figure
-from fedaudit.attacks.scores import score
+from fedaudit.accounting import Ledger
+from fedaudit.attacks.scores import match, psnr, score
+from fedaudit.audit.attack_scores import RECOVERED_DB
+from fedaudit.audit.secure_sum import SUM, context_of_sum
 from fedaudit.config import RunConfig
-from fedaudit.federation.setup import Setup, setup
-from fedaudit.registry import ATTACKS, DEFENSES
-from fedaudit.report.style import OKABE_ITO, SYMBOLS, new_figure, style_figure
+from fedaudit.defenses.chain import central
+from fedaudit.federation.setup import Setup
+from fedaudit.registry import ATTACKS, DEFENSES, parts_of
 from fedaudit.spec import parse_spec
-from fedaudit.training.local import TrainSettings, train_locally
-from fedaudit.types import ClientUpdate, StepRelease
+from fedaudit.training.local import TrainSettings, train_locally, weights_to_send
+from fedaudit.training.round_release import stated_release
+from fedaudit.types import ClientUpdate, Reconstruction, RoundContext
 
+CLIENTS, ROUNDS, LR = 4, 40, 0.1
 TRAINED_STEPS = (0, 50, 200, 800)
-CONDITIONS: dict[str, tuple[str | int, ...]] = {
-    "batch size": (1, 2, 4, 8, 16),
-    "local steps": (1, 2, 4),
-    "steps of training before": TRAINED_STEPS,
-    "defense": ("none", "dp-sgd(epsilon=100, clip-norm=1)", "dp-sgd(epsilon=8, clip-norm=1)"),
+RELEASED = "released model only: "  # begins the defense of a case in which nobody sees an update
+
+
+@dataclass(frozen=True)
+class Case:
+    """Conditions of an update; `defense` may name the network's {first} and {head} layer."""
+
+    batch_size: int
+    local_steps: int = 1
+    trained: int = 0
+    defense: str = "none"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is attacked: a model, the layers that defenses name, and the usual batch size."""
+
+    model: str
+    first: str
+    head: str
+    batch_size: int = 2
+
+    def case(self, changed: Mapping[str, Any]) -> Case:
+        """The usual case with what is changed in it."""
+        return replace(Case(self.batch_size), **changed)
+
+
+PERCEPTRON = Network("mlp(hidden=128, activation=relu)", "1", "3")
+LENET = Network("lenet", "0", "7", batch_size=1)
+IMPRINTED = Network("imprinted(base=mlp, bins=64, mean=0.305, std=0.034)", "imprint", "model.3")
+NETWORKS = {"r-gap": LENET, "imprint": IMPRINTED}
+DEFENDED = {
+    "none": "none",
+    "dp-sgd, ε = 100": "dp-sgd(epsilon=100, clip-norm=1)",
+    "dp-sgd, ε = 8": "dp-sgd(epsilon=8, clip-norm=1)",
+    "leakage-adaptive, ε = 8, decay, last round": "leakage-adaptive(epsilon=8, clip-norm=1, driver=decay)",
+    "gaussian, ε = 8": "gaussian(epsilon=8, clip-norm=1)",
+    "gaussian, noise 0.001 (no ε)": "gaussian(epsilon=0, noise-multiplier=0.001, clip-norm=1)",
+    "central-dp, ε = 8: server's view, unprotected": "central-dp(epsilon=8, clip=1)",
+    "central-dp, ε = 8: released model only": f"{RELEASED}central-dp(epsilon=8, clip=1)",
+    "top-k, 10 % of each layer": "top-k(fraction=0.1, over=layer)",
+    "random-sparsify, 10 %": "random-sparsify(fraction=0.1)",
+    "sign": "sign",
+    "quantize, 4 bits": "quantize(bits=4)",
+    "withhold the first layer": "withhold(layers={first})",
+    "withhold the head": "withhold(layers={head})",
+    "secure-aggregation: only the sum is seen": "secure-aggregation",
+    "censor, 10 % of examples": "censor(fraction=0.1)",
+    "larger-batch, 4 times": "larger-batch(factor=4)",
 }
-USUAL = {"batch size": 2, "local steps": 1, "steps of training before": 0, "defense": "none"}
-LR = 0.1
-MODEL = "mlp(hidden=128, activation=relu)"
+"""Every registered defense, by how the figure names it."""
+PANELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "batch size": ("batch_size", {str(n): n for n in (1, 2, 4, 8, 16)}),
+    "local steps": ("local_steps", {str(n): n for n in (1, 2, 4)}),
+    "steps of training before": ("trained", {str(n): n for n in TRAINED_STEPS}),
+    "defense": ("defense", DEFENDED),
+}
+
+
+def attack_specs(iterations: int) -> dict[str, str]:
+    """Every registered attack with its options."""
+    descent = f"restarts=4, iterations={iterations}"
+    return {
+        "dlg": f"dlg(restarts=1, iterations={iterations})",
+        "inverting-gradients": f"inverting-gradients({descent})",
+        "see-through-gradients": f"see-through-gradients({descent})",
+        "local-steps": f"local-steps({descent})",
+        "linear-layer": "linear-layer",
+        "spear": "spear(submatrices=10000)",
+        "r-gap": "r-gap",
+        "imprint": "imprint",
+    }
 
 
 def main() -> None:
     """Attack under every condition and keep what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--iterations", type=int, default=400, help="of attacks by gradient descent")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=300, help="of attacks by gradient descent")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--chromium", help="a browser that turns the figure into a PNG")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    made = setup(
-        RunConfig.from_flat(
-            {"model.name": "mlp(hidden=128, activation=relu)", "federation.clients": 4}
-        ).flat()
-    )
-    stages = weights_over_training(made)
-    attacks = {
-        "dlg": f"dlg(restarts=1, iterations={options.iterations})",
-        "inverting-gradients": f"inverting-gradients(restarts=4, iterations={options.iterations})",
-        "local-steps": f"local-steps(restarts=4, iterations={options.iterations})",
-        "linear-layer": "linear-layer",
-        "spear": "spear(seconds=5)",
+    started = time.process_time()
+    specs = attack_specs(options.iterations)
+    check_complete(specs)
+    rows = [row for name, spec in specs.items() for row in conditions_of(name, spec, options.repeats)]
+    results = {
+        "settings": {
+            "attacks": specs,
+            "networks": {name: asdict(NETWORKS.get(name, PERCEPTRON)) for name in specs},
+            "data": "digits, 1x8x8, values 0 to 1",
+            "clients": CLIENTS,
+            "rounds-that-budgets-are-divided-over": ROUNDS,
+            "lr": LR,
+            "optimizer": "sgd",
+            "repeats": options.repeats,
+            "batchnorm": "no network has BatchNorm or dropout; attacks assume train mode",
+            "labels": "never known to an attack; `labels` of a row says how it came by them",
+            "recovered-above-db": RECOVERED_DB,
+            "guess-psnr": guess(options.repeats),
+        },
+        "rows": rows,
+        "federations": federations(DEFENDED, RELEASED, PERCEPTRON.model, vars(PERCEPTRON)),
+        "cpu-seconds": 0.0,
     }
-    rows = [
-        {
-            "condition": condition,
-            "value": value,
-            "attack": name,
-            **attacked(made, stages, spec, changed, options),
-        }
-        for condition, values in CONDITIONS.items()
-        for value in values
-        for changed in [USUAL | {condition: value}]
-        for name, spec in attacks.items()
-    ]
-    settings = {
-        "attacks": attacks,
-        "usual": USUAL,
-        "repeats": options.repeats,
-        "lr": LR,
-        "model": "mlp, 128 ReLU",
-    }
-    keep("attack_conditions", {"settings": settings, "rows": rows})
-    draw(rows, list(attacks), options.chromium)
+    results["cpu-seconds"] = round(time.process_time() - started, 1)
+    keep("attack_conditions", results, options.output)
+    draw(results, options.chromium)
 
 
-def weights_over_training(made: Setup) -> dict[int, dict[str, Tensor]]:
+def check_complete(specs: Mapping[str, str]) -> None:
+    """Raise unless every registered attack and defense has its place."""
+    used = {part for spec in DEFENDED.values() for part in parts_of(spec.removeprefix(RELEASED))}
+    missing = sorted({*ATTACKS, *DEFENSES} - {*specs, *used})
+    if missing:
+        raise SystemExit(f"every attack and defense belongs into the figure, missing: {', '.join(missing)}")
+
+
+def conditions_of(attack: str, spec: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row for every value of every condition; equal cases are attacked once."""
+    network = NETWORKS.get(attack, PERCEPTRON)
+    stages = weights_over_training(network)
+    found: dict[Case, dict[str, Any]] = {}
+    for panel, (field, values) in PANELS.items():
+        for shown, value in values.items():
+            case = network.case({field: value})
+            if case not in found:
+                found[case] = attacked(network, stages[case.trained], spec, case, repeats)
+            yield {"condition": panel, "value": shown, "attack": attack, **found[case]}
+
+
+def federation(network: Network, case: Case) -> Setup:
+    """The federation a case is about."""
+    defense = case.defense.removeprefix(RELEASED).format(first=network.first, head=network.head)
+    config = {
+        "model.name": network.model,
+        "federation.clients": CLIENTS,
+        "federation.rounds": ROUNDS,
+        "federation.device": "cpu",
+        "train.lr": LR,
+        "train.batch-size": case.batch_size,
+        "train.local-steps": case.local_steps,
+        "defense.name": defense,
+    }
+    return Setup(RunConfig.from_flat(config), CLIENTS)
+
+
+def weights_over_training(network: Network) -> dict[int, dict[str, Tensor]]:
     """Weights after so many plain steps on the training data."""
+    made = federation(network, network.case({}))
     model, data = made.build_model(), made.data.train
     generator = torch.Generator().manual_seed(1)
     found = {}
@@ -99,97 +210,138 @@ def weights_over_training(made: Setup) -> dict[int, dict[str, Tensor]]:
 
 
 def attacked(
-    made: Setup, stages: dict[int, dict[str, Tensor]], spec: str, case: dict[str, Any], repeats: int
+    network: Network, weights: dict[str, Tensor], spec: str, case: Case, repeats: int
 ) -> dict[str, Any]:
-    """PSNR of one attack over several updates made under one case."""
-    batch, steps = int(case["batch size"]), int(case["local steps"])
-    values, refused = [], 0
-    for x, y, update in victims(made, stages[case["steps of training before"]], case, repeats):
-        usual = replace(made.context(1), lr=LR, local_steps=steps, batch_size=batch, num_updates=1)
-        try:
-            found = ATTACKS.build(parse_spec(spec)).reconstruct(update, usual)
-        except ValueError:
-            refused += 1
-            continue
-        values.append(score(found.x, found.y, x, y, usual.value_range)["psnr"])
-    spread = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)} if values else {}
-    rounded = {name: round(value, 2) for name, value in spread.items()}
-    return {**rounded, "refused": refused, "updates": repeats}
-
-
-def victims(
-    made: Setup, weights: dict[str, Tensor], case: dict[str, Any], repeats: int
-) -> Iterator[tuple[Tensor, Tensor, ClientUpdate]]:
-    """Examples and the update of one local round on them, by the recipe: consecutive examples of client 0."""
-    batch, steps = int(case["batch size"]), int(case["local steps"])
-    defense = DEFENSES.build(parse_spec(str(case["defense"])))
-    xs, ys = made.client_data(0)
+    """PSNR of one attack over several updates made under one case, and under what it was reached."""
+    made, attack = federation(network, case), ATTACKS.build(parse_spec(spec))
+    values, labels, seconds, recovered, truth, batch = [], [], 0.0, 0, 0, 0
+    reasons: Counter[str] = Counter()
+    conditions: Mapping[str, Any] = {}
     for repeat in range(repeats):
-        rows = torch.arange(repeat * batch * steps, (repeat + 1) * batch * steps) % len(ys)
-        x, y = xs[rows], ys[rows]
-        model = made.build_model()
-        model.load_state_dict(weights)
-        release: StepRelease = defense.release(len(ys), batch, 40)
-        train_locally(
-            model,
-            x,
-            y,
-            list(torch.arange(len(y)).chunk(steps)),
-            TrainSettings(lr=LR, batch_size=batch, local_steps=steps),
-            defense=defense,
-            release=release,
-            generator=torch.Generator().manual_seed(repeat),
-        )
-        delta = {name: tensor.detach() - weights[name] for name, tensor in model.state_dict().items()}
-        yield x, y, ClientUpdate(0, 1, weights, delta, len(y))
+        x, y, update, ctx = victim(made, weights, case, repeat)
+        truth, batch = truth + len(y), ctx.batch_size or 0
+        begin = time.process_time()
+        try:
+            found = reconstruction(attack, update, ctx)
+        except ValueError as error:
+            reasons[str(error)] += 1
+            continue
+        finally:
+            seconds += time.process_time() - begin
+        conditions = found.conditions
+        scores = score(found.x, found.y, x, y, ctx.value_range)
+        values.append(scores["psnr"])
+        labels.append(scores["label_accuracy"])
+        errors = match(found.x.clamp(*ctx.value_range), x)[2]
+        recovered += int((psnr(errors, ctx.value_range) > RECOVERED_DB).sum())
+    spread = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)} if values else {}
+    said = {key: conditions[key] for key in ("labels", "batchnorm-mode", "active") if key in conditions}
+    return {
+        **{name: round(value, 2) for name, value in spread.items()},
+        **({"label-accuracy": round(statistics.fmean(labels), 3)} if labels else {}),
+        "recovered": recovered,
+        "examples": truth,
+        "updates": repeats,
+        "refused": sum(reasons.values()),
+        **({"refusals": dict(reasons)} if reasons else {}),
+        "defense": made.config.defense.name,
+        "examples-in-a-step": batch,
+        "local-steps": case.local_steps,
+        "steps-of-training-before": case.trained,
+        **said,
+        "cpu-seconds": round(seconds, 2),
+    }
 
 
-def short(value: object) -> str:
-    """A value as it fits an axis.
+def reconstruction(attack: Any, update: ClientUpdate, ctx: RoundContext) -> Reconstruction:
+    """What an attack makes of an update; where it cannot derive labels it optimises them.
 
-    >>> short("dp-sgd(epsilon=8, clip-norm=1)")
-    'dp-sgd ε=8'
+    Raises:
+        ValueError: if it refuses the update.
     """
-    return str(value).replace("(epsilon=", " ε=").partition(",")[0]
+    found: Reconstruction
+    try:
+        found = attack.reconstruct(update, ctx)
+    except ValueError:
+        if getattr(attack, "labels", "") != "counts":
+            raise
+        found = replace(attack, labels="joint").reconstruct(update, ctx)
+    if not bool(found.x.isfinite().all()):
+        raise ValueError("the reconstruction is not finite")
+    return found
 
 
-def draw(rows: list[dict[str, Any]], attacks: list[str], chromium: str | None) -> None:
-    """One panel per condition, one line per attack; a refused update has no point."""
-    titles = list(CONDITIONS)
-    figure = new_figure(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.16, horizontal_spacing=0.09)
-    for place, condition in enumerate(CONDITIONS):
-        for number, attack in enumerate(attacks):
-            mine = [r for r in rows if (r["condition"], r["attack"]) == (condition, attack) and "mean" in r]
-            figure.add_scatter(
-                x=[short(row["value"]) for row in mine],
-                y=[row["mean"] for row in mine],
-                error_y={
-                    "array": [row["max"] - row["mean"] for row in mine],
-                    "arrayminus": [row["mean"] - row["min"] for row in mine],
-                    "thickness": 1,
-                },
-                name=attack,
-                mode="lines+markers",
-                line={"color": OKABE_ITO[number]},
-                marker={"symbol": SYMBOLS[number], "size": 8},
-                legendgroup=attack,
-                showlegend=place == 0,
-                row=place // 2 + 1,
-                col=place % 2 + 1,
-            )
-        order = [short(value) for value in CONDITIONS[condition]]
-        figure.update_xaxes(
-            type="category",
-            categoryorder="array",
-            categoryarray=order,
-            row=place // 2 + 1,
-            col=place % 2 + 1,
-        )
-    note = "PSNR in dB: mean, smallest, largest; one condition changes at a time; refused updates left out"
-    style_figure(figure, "How attacks fail", note, attacks, 760)
-    figure.update_layout(width=1180, margin={"t": 110, "b": 90}, legend={"orientation": "h"})
-    figure.update_yaxes(title_text="PSNR [dB]", col=1)
-    write_figure(figure, "attack_conditions", chromium, 1200, 780)
+def victim(
+    made: Setup, weights: dict[str, Tensor], case: Case, repeat: int
+) -> tuple[Tensor, Tensor, ClientUpdate, RoundContext]:
+    """Examples, what the attacker sees of the round that was trained on them, and what it knows."""
+    ctx = replace(made.context(1), num_updates=1)
+    released, summed = case.defense.startswith(RELEASED), made.secure is not None
+    sent = [client_round(made, weights, c, repeat) for c in range(CLIENTS if released or summed else 1)]
+    x, y = torch.cat([x for x, _, _ in sent]), torch.cat([y for _, y, _ in sent])
+    updates = [update for _, _, update in sent]
+    if made.secure is not None:
+        seen = made.secure(updates, range(CLIENTS))
+    elif released:
+        seen = release(made, updates, repeat)
+    else:
+        seen = updates[0]
+    ctx = context_of_sum(ctx, seen) if seen.summed else ctx
+    present = {name: change for name, change in seen.delta.items() if bool(change.any())}
+    return x, y, replace(seen, delta=present), ctx
+
+
+def client_round(
+    made: Setup, weights: dict[str, Tensor], client: int, repeat: int
+) -> tuple[Tensor, Tensor, ClientUpdate]:
+    """One local round of a client, by the recipe: consecutive ones of the examples it trains on.
+
+    The last round's release where a defense changes it from round to round.
+    """
+    own_x, own_y = made.training_data(client, weights)
+    settings = made.settings(1)
+    used = settings.batch_size * settings.local_steps
+    rows = torch.arange(repeat * used, (repeat + 1) * used) % len(own_y)
+    x, y = own_x[rows], own_y[rows]
+    model = made.build_model()
+    model.load_state_dict(weights)
+    released = made.release_in_round(len(own_y), ROUNDS, Ledger(), None)
+    noise = torch.Generator().manual_seed(2 * (CLIENTS * repeat + client))
+    chance = torch.Generator().manual_seed(2 * (CLIENTS * repeat + client) + 1)
+    batches = list(torch.arange(used).split(settings.batch_size))
+    train_locally(model, x, y, batches, settings, defense=made.defense, release=released, generator=noise)
+    trained = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    after = weights_to_send(made.defense, weights, trained, chance)
+    delta = {name: after[name] - tensor for name, tensor in weights.items()}
+    stated = stated_release(made.defense, released)
+    return x, y, ClientUpdate(client, 1, weights, delta, len(own_y), stated)
+
+
+def release(made: Setup, updates: Sequence[ClientUpdate], repeat: int) -> ClientUpdate:
+    """The change of the global model that a central mechanism releases, seen as a sum."""
+    defense = central(made.defense)
+    assert defense is not None
+    first, mechanism = updates[0], defense.central_plan(CLIENTS, CLIENTS).mechanism
+    made_public = mechanism.release(
+        [update.delta for update in updates],
+        [update.num_examples for update in updates],
+        first.before,
+        mechanism.clip_norm,
+        np.random.default_rng(repeat),
+    )
+    change = {name: value.to(first.before[name].dtype) for name, value in made_public.change.items()}
+    total = sum(update.num_examples for update in updates)
+    return ClientUpdate(SUM, 1, first.before, change, total, summed=tuple(range(CLIENTS)))
+
+
+def guess(repeats: int) -> float:
+    """PSNR of the mean reference image, guessed for every example of the usual case."""
+    made = federation(PERCEPTRON, PERCEPTRON.case({}))
+    assert made.data.reference is not None
+    x, y = made.client_data(0)
+    count = PERCEPTRON.batch_size * repeats
+    images = made.data.reference.x.mean(0).expand(count, *made.input_shape)
+    return round(score(images, y[:count], x[:count], y[:count])["psnr"], 2)
 
 
 if __name__ == "__main__":

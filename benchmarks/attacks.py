@@ -9,8 +9,9 @@
 
 The images are the first ten of a seeded permutation of the embedded 32x32 patches, fixed before any result
 was seen (`steps`: the next ten); labels are 0 to 9 in that order. Batches are consecutive images, the last
-one wraps around. Models are untrained. The default size gives attacks a hundredth of the published iterations: PSNR is then bounded by
-the budget, not by what the update gives away; `full` has the published numbers and wants a GPU.
+one wraps around. Models are untrained. The default size gives attacks a hundredth of the published
+iterations: PSNR is then bounded by the budget, not by what the update gives away; `full` has the published
+numbers and wants a GPU.
 `speed` compares restarts x iterations per second with breaching 0.1.2
 (`pip install breaching==0.1.2 hydra-core`, needed here only), on the same images, model, loss and settings,
 one after the other in turns, on one thread; without it that part is left out and says so.
