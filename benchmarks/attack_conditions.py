@@ -73,9 +73,9 @@ class Network:
         return replace(Case(self.batch_size), **changed)
 
 
-PERCEPTRON = Network("mlp(hidden=128, activation=relu)", "1", "3")
-LENET = Network("lenet", "0", "7", batch_size=1)
-IMPRINTED = Network("imprinted(base=mlp, bins=64, mean=0.305, std=0.034)", "imprint", "model.3")
+PERCEPTRON = Network("mlp(hidden=128, activation=relu)", "fc1", "fc2")
+LENET = Network("lenet", "conv1", "fc1", batch_size=1)
+IMPRINTED = Network("imprinted(base=mlp, bins=64, mean=0.305, std=0.034)", "imprint", "model.fc2")
 NETWORKS = {"r-gap": LENET, "imprint": IMPRINTED}
 DEFENDED = {
     "none": "none",
