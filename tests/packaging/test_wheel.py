@@ -63,6 +63,6 @@ def test_the_wheel_leaves_the_names_strategies_and_clients_to_the_user(
 def test_the_tests_are_found_without_an_installation(project: Path, environment: Environment) -> None:
     # -P keeps the working folder off the path: pytest itself must find the packages at the root
     listed = environment.run("python", "-P", "-m", "pytest", "--collect-only", "-q", cwd=project)
-    assert "tests/test_config.py::test_every_section_says_what_it_is" in listed
+    assert "tests/config/test_schema.py::test_every_section_says_what_it_is" in listed
     assert "fedaudit/spec.py::fedaudit.spec.Spec" in listed
     assert " error" not in listed
