@@ -7,8 +7,8 @@
     python -m benchmarks.attacks --part dlg           DLG beside breaching's on 20 images, ten minutes
     python -m benchmarks.attacks --size full --device cuda
 
-The images are the first ten of a seeded permutation of the embedded 32x32 patches, fixed before any result
-was seen (`steps`: the next ten); labels are 0 to 9 in that order. Batches are consecutive images, the last
+The images are the first ten of a seeded permutation of the embedded 32x32 patches that are not nearly one
+colour (`steps`: the next ten); labels are 0 to 9 in that order. Batches are consecutive images, the last
 one wraps around. Models are untrained. The default size gives attacks a hundredth of the published
 iterations: PSNR is then bounded by the budget, not by what the update gives away; `full` has the published
 numbers and wants a GPU.
@@ -73,8 +73,8 @@ class Size:
     convnet_iterations: int = 120
     convnet_dlg_iterations: int = 10
     large_iterations: int = 150
-    ladder: int = 600
-    ladder_groups: tuple[int, ...] = (4, 1, 1)
+    ladder: int = 400
+    ladder_groups: tuple[int, ...] = (3, 1, 1)
     victims: int = 20
     steps_iterations: int = 1200
     speed_iterations: int = 40
@@ -146,11 +146,11 @@ def table(size: Size, device: str) -> list[dict[str, Any]]:
 
 
 def large(size: Size, device: str) -> Iterator[dict[str, Any]]:
-    """Rows for the 2.9M ConvNet, from the cheapest on."""
+    """Rows for the 2.9M ConvNet."""
     ig = f"inverting-gradients(restarts=1, iterations={size.ladder})"
-    yield cell(f"dlg(restarts=1, iterations={-(-size.ladder // 20)})", "convnet", groups(1, 1), device)
     for batch, most in zip((1, 4, 8), size.ladder_groups, strict=True):
         yield cell(ig, "convnet", groups(batch, most), device)
+    yield cell(f"dlg(restarts=1, iterations={-(-size.ladder // 10)})", "convnet", groups(1, 1), device)
 
 
 def several_steps(size: Size, device: str) -> Iterator[dict[str, Any]]:

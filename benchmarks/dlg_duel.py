@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attack_cases import CLASSES, LR, Build, sum_loss, train
+from benchmarks.attack_cases import CLASSES, FLAT, LR, Build, mean_colour_psnr, sum_loss, train
 from fedaudit.attacks.scores import score
 from fedaudit.data.embedded import patches
 from fedaudit.models.build import build_model
@@ -114,13 +114,17 @@ def duel(count: int, device: str) -> Iterator[dict[str, Any]]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts above 30 dB and PSNR of both."""
+    """Counts above 30 dB and PSNR of both, of all images and of those that are not nearly one colour."""
+    flat = mean_colour_psnr(patches().x[[row["image"] for row in rows]]) >= FLAT
+    shown = [row for row, plain in zip(rows, flat.tolist(), strict=True) if not plain]
     found: dict[str, Any] = {}
     for name in ("dlg", "breaching"):
         decibels = [row[name]["psnr"] for row in rows]
         found[name] = {
             "above-30-dB": sum(value > 30 for value in decibels),
             "of": len(rows),
+            "not-of-one-colour": len(shown),
+            "of-these-above-30-dB": sum(row[name]["psnr"] > 30 for row in shown),
             "psnr-mean": round(statistics.fmean(decibels), 2),
             "psnr-min": round(min(decibels), 2),
             "psnr-max": round(max(decibels), 2),
