@@ -357,6 +357,8 @@ def _noise(claim: GaussianNoise, aggregate: Aggregate, scene: Scene) -> Check:
         residual = aggregate.residual(level)
         assert residual is not None
         others = "the server, which sees the single updates, could check it"
+        if aggregate.seen.updates:
+            others = "whoever knows how they were mixed could check it"
         finding = noise_check(claim, residual, scene, others, blame_signal=not residual.exact).conclude(level)
         if finding.verdict != VIOLATED and integers:
             reason = f"integer entry {integers[0]!r} was released, and no Gaussian noise fits into it"
