@@ -67,6 +67,15 @@ def test_processes_are_stopped_when_the_block_fails(marked, tmp_path):
     assert leftovers(str(tmp_path)) == []
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, which a process started in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_while_a_process_starts_still_stops_it(marked, tmp_path, monkeypatch):
     start = subprocess.Popen
 
