@@ -216,7 +216,7 @@ def _scatter(evidence: Evidence, defenses: Sequence[str]) -> list[str]:
         return []
     labels = {}
     for defense, worst in evidence.guarantees.items():
-        labels[defense] = NO_GUARANTEE if worst.epsilon is None else f"ε = {number(worst.epsilon)}"
+        labels[defense] = NO_GUARANTEE if worst.epsilon is None else f"ε = {worst}"
     utility = unit_of(evidence.values[evidence.values["quantity"] == "accuracy"])
     figure = pareto_figure(panels, defenses, labels, ("accuracy", utility))
     parts = [markup.plot(figure), markup.paragraph(template.FRONT, "quiet")]
