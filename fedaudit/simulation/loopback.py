@@ -31,7 +31,7 @@ from fedaudit.records import Run, load_run, write_json
 from fedaudit.report.page import write_report
 from fedaudit.report.tables import records_summary
 from fedaudit.simulation.flower_app import flat_toml, write_app
-from fedaudit.simulation.processes import Processes
+from fedaudit.simulation.processes import Processes, answer_of
 
 logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
@@ -150,22 +150,14 @@ def ask_flower(environment: Mapping[str, str], *arguments: str) -> str:
     # with the whole path, for Popen looks a command up in this process's PATH
     command = [shutil.which("flwr", path=environment["PATH"]) or "flwr", *arguments]
     try:
-        done = subprocess.run(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_SECONDS,
-            check=False,
-        )
+        code, output, errors = answer_of(command, environment, _COMMAND_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise RunFailedError(
             f"'flwr {arguments[0]}' must answer within {_COMMAND_SECONDS:.0f} s, it did not: try again"
         ) from error
-    if done.returncode:
-        raise RunFailedError(f"'flwr {arguments[0]}' failed: {_tail(done.stdout + done.stderr)}")
-    return done.stdout
+    if code:
+        raise RunFailedError(f"'flwr {arguments[0]}' failed: {_tail(output + errors)}")
+    return output
 
 
 def run_status(environment: Mapping[str, str], run_id: str) -> tuple[str, str]:

@@ -75,6 +75,36 @@ def _interruptions_held_back() -> Iterator[None]:
             signal.raise_signal(each)
 
 
+def answer_of(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command that ends by itself; it is killed if anything comes between.
+
+    `subprocess.run` forgets a process if it is interrupted while it starts one.
+
+    Raises:
+        subprocess.TimeoutExpired: if it takes longer.
+    """
+    started: list[subprocess.Popen[str]] = []
+    try:
+        with _interruptions_held_back():
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        output, errors = started[0].communicate(timeout=seconds)
+        return started[0].returncode, output, errors
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
 class Processes:
     """Starts commands and, when the block ends for whatever reason, stops them and all they started.
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedaudit.errors import RunFailedError
 from fedaudit.simulation import processes as module
-from fedaudit.simulation.processes import Processes, process_table
+from fedaudit.simulation.processes import Processes, answer_of, process_table
 from tests.simulation.leftovers import MARK, leftovers
 
 CHILD = "import time; time.sleep(60)"
@@ -108,6 +108,32 @@ def test_a_process_that_cannot_be_stopped_is_named(marked):
     with pytest.raises(RunFailedError, match=rf"must end, got \[{pid}\] still running"):
         marked.stop(patience=((15, 0.0),))
     marked.stop(patience=((9, 5.0),))
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interruption_while_a_question_is_asked_leaves_no_process(tmp_path, monkeypatch):
+    start = subprocess.Popen
+
+    def interrupted(*command, **options):
+        process = start(*command, **options)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer_of([sys.executable, "-c", CHILD], {**os.environ, MARK: str(tmp_path)}, 30)
+    assert leftovers(str(tmp_path)) == []
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(tmp_path):
+    with pytest.raises(subprocess.TimeoutExpired):
+        answer_of([sys.executable, "-c", CHILD], {**os.environ, MARK: str(tmp_path)}, 0.5)
+    assert leftovers(str(tmp_path)) == []
+
+
+def test_an_answer_is_what_a_command_prints_and_returns():
+    command = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+    assert answer_of([sys.executable, "-c", command], os.environ, 30) == (3, "out\n", "err\n")
 
 
 def test_processes_of_others_are_left_alone(marked):
