@@ -46,7 +46,7 @@ class Size:
 
     Attributes:
         groups: batches of LeNet that are attacked, at most; 0 is as many as cover ten images.
-        iterations: of Inverting Gradients and local-steps on LeNet.
+        iterations: of Inverting Gradients, and of local-steps by signed Adam, on LeNet.
         dlg_iterations: of DLG on LeNet.
         restarts: of Inverting Gradients and local-steps on LeNet.
         width: of the narrow ConvNet.
@@ -54,7 +54,6 @@ class Size:
         convnet_groups: batches of ConvNets that are attacked.
         convnet_iterations: of Inverting Gradients on ConvNets, one restart.
         convnet_dlg_iterations: of DLG on the narrow ConvNet.
-        large_iterations: of Inverting Gradients on the 2.9M ConvNet; 0 leaves it out.
         ladder: iterations of Inverting Gradients on the 2.9M ConvNet in the part `large`.
         ladder_groups: batches of one, four and eight images it attacks there.
         victims: images in the part `dlg`.
@@ -72,7 +71,6 @@ class Size:
     convnet_groups: int = 2
     convnet_iterations: int = 120
     convnet_dlg_iterations: int = 10
-    large_iterations: int = 150
     ladder: int = 400
     ladder_groups: tuple[int, ...] = (3, 1, 1)
     victims: int = 20
@@ -82,11 +80,9 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 0, 2, (1, 1, 1), 1, 8, 2, 1),
+    "smoke": Size(1, 10, 10, 2, 4, (1,), 1, 5, 2, 2, (1, 1, 1), 1, 8, 2, 1),
     "default": Size(),
-    "full": Size(
-        0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 4800, 24_000, (10, 3, 2), 20, 10_000, 100, 5
-    ),
+    "full": Size(0, 24_000, 3000, 8, 64, (1, 4, 8), 10, 4800, 300, 24_000, (10, 3, 2), 20, 10_000, 100, 5),
 }
 
 
@@ -124,25 +120,19 @@ def cell(
     return row
 
 
-def table(size: Size, device: str) -> list[dict[str, Any]]:
-    """PSNR of every attack."""
+def table(size: Size, device: str) -> Iterator[dict[str, Any]]:
+    """Rows for LeNet and the narrow ConvNet, one step."""
     ig = f"inverting-gradients(restarts={size.restarts}, iterations={size.iterations})"
     dlg = f"dlg(restarts=1, iterations={size.dlg_iterations})"
-    rows = [cell(spec, "lenet", groups(b, size.groups), device) for spec in (dlg, ig) for b in (1, 4, 8)]
+    for spec in (dlg, ig):
+        for batch in (1, 4, 8):
+            yield cell(spec, "lenet", groups(batch, size.groups), device)
     ig = f"inverting-gradients(restarts=1, iterations={size.convnet_iterations})"
     dlg = f"dlg(restarts=1, iterations={size.convnet_dlg_iterations})"
     narrow = f"convnet(width={size.width})"
-    rows.append(cell(dlg, narrow, groups(1, 1), device))
-    rows += [cell(ig, narrow, groups(b, size.convnet_groups), device) for b in size.convnet_batches]
-    if size.large_iterations and size.width != 64:
-        ig = f"inverting-gradients(restarts=1, iterations={size.large_iterations})"
-        rows.append(cell(ig, "convnet", groups(1, 1), device))
-    known = "-".join(str(i % CLASSES) for i in range(8))
-    settings = f"restarts={size.restarts}, iterations={size.iterations}, labels=known, classes={known}"
-    rows.append(cell(f"local-steps({settings})", "lenet", groups(8, 1), device, batch=2, lr=0.01))
-    single = f"inverting-gradients(restarts={size.restarts}, iterations={size.iterations})"
-    rows.append(cell(single, "lenet", groups(8, 1), device, batch=2, lr=0.01))
-    return rows
+    yield cell(dlg, narrow, groups(1, 1), device)
+    for batch in size.convnet_batches:
+        yield cell(ig, narrow, groups(batch, size.convnet_groups), device)
 
 
 def large(size: Size, device: str) -> Iterator[dict[str, Any]]:
@@ -175,6 +165,10 @@ def several_steps(size: Size, device: str) -> Iterator[dict[str, Any]]:
     single = f"inverting-gradients({smooth}, iterations={-(-count // 2)})"
     for batch in (1, 4, 8):
         yield cell(single, "lenet", groups(batch, size.groups), device, **held)
+
+
+ROWS = {"table": table, "large": large, "steps": several_steps}
+FILES = {"table": "attacks_table", "large": "attacks_convnet", "steps": "attacks_steps"}
 
 
 def ours(model: str, batch: int, restarts: int, iterations: int, device: str) -> float:
@@ -285,26 +279,23 @@ def main() -> None:
     given = {f.name: getattr(options, f.name, None) for f in fields(Size)}
     size = replace(SIZES[options.size], **{k: v for k, v in given.items() if v is not None})
     results: dict[str, Any] = {"size": options.size, "device": options.device}
-    if options.part in ("large", "steps"):
-        rows, name = (
-            (large, "attacks_convnet") if options.part == "large" else (several_steps, "attacks_steps")
-        )
-        results["table"] = []
-        for row in rows(size, options.device):
-            results["table"].append(row)
-            keep(name, results, options.output)  # an hour's work is not lost half-way
-        return
-    if options.part == "dlg":
-        results["images"] = []
-        for row in duel(size.victims, options.device):
-            results["images"].append(row)
-            keep("attacks_dlg", results | {"summary": summary(results["images"])}, options.output)
-        return
-    if options.part != "table":
-        results["speed"] = speed(size, options.device)
-    if options.part != "speed":
-        results["table"] = table(size, options.device)
-    keep("attacks", results, options.output)
+    wanted = ("speed", "table") if options.part == "both" else (options.part,)
+    for part in wanted:  # a file each, so that one is renewed without the others
+        if part == "speed":
+            keep("attacks_speed", {**results, "speed": speed(size, options.device)}, options.output)
+        elif part == "dlg":
+            images: list[dict[str, Any]] = []
+            for row in duel(size.victims, options.device):
+                images.append(row)
+                found = {**results, "images": images, "summary": summary(images)}
+                keep("attacks_dlg", found, options.output)
+        else:
+            rows: list[dict[str, Any]] = []
+            for row in ROWS[part](size, options.device):
+                rows.append(row)
+                keep(
+                    FILES[part], {**results, "table": rows}, options.output
+                )  # a long run is not lost half-way
 
 
 if __name__ == "__main__":
